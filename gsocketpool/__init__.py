@@ -1,0 +1,24 @@
+"""gsocketpool: a connection pool for gevent."""
+
+from __future__ import annotations
+
+from gsocketpool.connection import Connection, TcpConnection, UnixConnection, Wrap, wrap
+from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
+from gsocketpool.pool import Pool
+from gsocketpool.stats import PoolStats
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "Connection",
+    "ConnectionNotFoundError",
+    "Pool",
+    "PoolClosedError",
+    "PoolError",
+    "PoolExhaustedError",
+    "PoolStats",
+    "TcpConnection",
+    "UnixConnection",
+    "Wrap",
+    "wrap",
+]

@@ -1,0 +1,648 @@
+"""The pool in blocking style: what every runtime shares whose code waits by standing still.
+
+It carries out what `core` decides. Whatever waits, wakes or spawns goes through the five primitives at the end of
+`BlockingPool`; a runtime supplies them (`pool.py` is gevent's).
+
+How it copes with being killed at any moment: a borrower only ever stands in the queue, so a kill has nothing to undo but
+a place there. What may block halfway, `open()` and `close()`, runs in greenlets of the pool's own, which nobody
+interrupts. What must run in the borrower, `check()` and `reset()`, costs the connection if it is interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from time import monotonic
+from types import EllipsisType, MappingProxyType, TracebackType
+from typing import Any, ClassVar, Final, Generic, TypeVar
+
+from gsocketpool.arguments import seconds, whole_number
+from gsocketpool.core import BY_HAND, CLOSED, RETIRED, RETURNING, Core, Member, Place, Sentinel
+from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
+from gsocketpool.operations import operations_of
+from gsocketpool.stats import PoolStats
+
+if sys.version_info >= (3, 11):
+    from sys import exception
+else:
+
+    def exception() -> BaseException | None:
+        """The exception that is being handled, by an except or a finally."""
+        return sys.exc_info()[1]
+
+
+__all__ = ["BlockingPool", "Lease"]
+
+C = TypeVar("C")
+P = TypeVar("P", bound="BlockingPool[Any]")
+
+logger = logging.getLogger("gsocketpool")
+
+#: Below this many seconds, `check_after_idle` checks each time: so fine a tick would cost more than the checks.
+FINEST_TICK: Final = 0.02
+
+
+class Lease(Generic[C]):
+    """What :meth:`Pool.connection` returns: borrows when the block is entered, gives back when it is left."""
+
+    __slots__ = ("_member", "_pool", "_timeout")
+
+    def __init__(self, pool: BlockingPool[C], timeout: float | EllipsisType | None) -> None:
+        self._pool = pool
+        self._timeout = timeout
+        self._member: Member[C] | None = None
+
+    def __enter__(self) -> C:
+        if self._member is not None:
+            raise RuntimeError("this block is entered already; call connection() again for a second connection")
+        pool = self._pool
+        try:
+            member = pool._lane_out.pop()
+            member.uses += 1
+        except IndexError:
+            member = pool._acquire(10, 0, self._timeout)
+        member.holder = self
+        self._member = member
+        return member.connection
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        member, self._member = self._member, None
+        if member is None or member.holder is not self:
+            return  # released or dropped inside the block; it may be somebody else's by now
+        pool = self._pool
+        if kind is None or (issubclass(kind, Exception) and not issubclass(kind, pool._discard_on)):
+            if kind is None and pool._lane_in:
+                member.holder = None
+                pool._warm.append(member)
+            else:
+                pool._return(member)
+        else:
+            pool._discard(member)
+
+
+class BlockingPool(Core[C]):
+    """A pool whose `acquire` blocks the caller. See :class:`gsocketpool.Pool` for what the parameters mean."""
+
+    #: Seconds that a connection's ``close()`` may take before its slot is free all the same.
+    close_grace: ClassVar[float] = 10.0
+
+    _running = False
+
+    def __init__(
+        self,
+        factory: Callable[..., C],
+        options: Mapping[str, Any] | None = None,
+        initial_connections: int = 0,
+        max_connections: int = 200,
+        reap_expired_connections: bool = True,
+        reap_interval: float = 180,
+        *,
+        name: str | None = None,
+        acquire_timeout: float | None = None,
+        check_after_idle: float | None = 0.5,
+        discard_on: type[BaseException] | tuple[type[BaseException], ...] = BaseException,
+        max_connecting: int = 8,
+        max_waiting: int | None = None,
+        order: str = "lifo",
+    ) -> None:
+        if not callable(factory):
+            raise TypeError(f"factory must be a Connection class or another callable, not {factory!r}")
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"options must be a mapping of the factory's keyword arguments or None, not {options!r}")
+        whole_number("max_connections", max_connections, least=1)
+        whole_number("initial_connections", initial_connections)
+        if initial_connections > max_connections:
+            raise ValueError(
+                f"initial_connections must not be more than max_connections ({max_connections}), "
+                f"not {initial_connections}"
+            )
+        seconds("reap_interval", reap_interval, zero=False)
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a string or None, not {name!r}")
+        if acquire_timeout is not None:
+            seconds("acquire_timeout", acquire_timeout, zero=True)
+        if check_after_idle is not None:
+            seconds("check_after_idle", check_after_idle, zero=True)
+        for kind in discard_on if isinstance(discard_on, tuple) else (discard_on,):
+            if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+                raise TypeError(f"discard_on must be an exception class or a tuple of them, not {discard_on!r}")
+        whole_number("max_connecting", max_connecting, least=1)
+        if max_waiting is not None:
+            whole_number("max_waiting", max_waiting)
+        if order not in ("lifo", "fifo"):
+            raise ValueError(f"order must be 'lifo' or 'fifo', not {order!r}")
+
+        always_check = check_after_idle is not None and check_after_idle < FINEST_TICK
+        super().__init__(
+            max_connections,
+            max_connecting=max_connecting,
+            max_waiting=max_waiting,
+            fifo=order == "fifo",
+            always_cold=always_check,
+        )
+        self._factory = factory
+        self._options: dict[str, Any] = dict(options or {})
+        self._operations = operations_of(factory)
+        self._name = name
+        self._acquire_timeout = acquire_timeout
+        self._check_after_idle = check_after_idle
+        self._discard_on = discard_on
+
+        self._settle_in()
+        self._running = True
+        self._upkeep: list[object] = []
+        if check_after_idle is not None and not always_check:
+            # Twice in that time, so that none idles longer between two ticks even when a tick is late.
+            self._keep_up(check_after_idle / 2, type(self).cool)
+        if reap_expired_connections:
+            self._keep_up(reap_interval, type(self).drop_expired)
+        if initial_connections:
+            try:
+                self._fill(initial_connections)
+            except BaseException:
+                self.close()
+                raise
+
+    # Borrowing
+
+    def acquire(self, retry: int = 10, retried: int = 0, *, timeout: float | EllipsisType | None = ...) -> C:
+        """Borrow a connection: an idle one, one that is given back, or a new one, whichever comes first.
+
+        Give it back with :meth:`release`, or :meth:`drop` it; :meth:`connection` does that by itself.
+
+        :param retry: where neither `timeout` nor the pool's `acquire_timeout` is given, the rule of 0.1.6 holds:
+            ``(retry - retried) * 0.1`` seconds of waiting for a place. A dial that was begun, or has its place, is then
+            bounded by the connection's own timeouts alone.
+        :param retried: how many of these tries are used up already.
+        :param timeout: seconds for the whole of it, a dial included; None waits for ever; 0 takes an idle connection or
+            raises, and never yields to another greenlet.
+        :raises PoolExhaustedError: none could be had in that time, or `max_waiting` wait already.
+        :raises PoolClosedError: the pool is closed.
+        :raises Exception: whatever `open()` raised in the dial that was made for this borrower.
+        """
+        if timeout is ...:
+            try:
+                member = self._lane_out.pop()
+            except IndexError:
+                pass
+            else:
+                member.uses += 1
+                member.holder = BY_HAND
+                return member.connection
+        return self._acquire(retry, retried, timeout).connection
+
+    def release(self, connection: C) -> None:
+        """Give back what :meth:`acquire` returned.
+
+        If it is called while a kill, a ``gevent.Timeout`` or another exception that is no :exc:`Exception` passes
+        through (in a ``finally``, say), the connection is discarded: its borrower was interrupted, and the rest of a
+        reply may still be under way on it.
+
+        :raises ConnectionNotFoundError: it is not in use, or not this pool's.
+        """
+        try:
+            member = self._lane_in[id(connection)]
+        except KeyError:
+            return self._release(connection)
+        if member.holder is not BY_HAND or exception() is not None:
+            return self._release(connection)
+        member.holder = None
+        self._warm.append(member)
+        return None
+
+    def connection(self, timeout: float | EllipsisType | None = ...) -> Lease[C]:
+        """A context manager that borrows a connection and gives it back.
+
+        A kill, a ``gevent.Timeout`` and any other exception that is no :exc:`Exception` discards the connection;
+        so does an :exc:`Exception` that `discard_on` names. Nothing is swallowed.
+
+        :param timeout: as for :meth:`acquire`.
+        """
+        return Lease(self, timeout)
+
+    def drop(self, connection: C) -> None:
+        """Remove a connection, idle or borrowed, and close it. Returns when it is closed.
+
+        :raises ConnectionNotFoundError: it is not this pool's.
+        """
+        member = self._members.get(id(connection))
+        if member is None:
+            raise ConnectionNotFoundError(f"{self._label} has no such connection: {_describe(connection)}")
+        self.retire(member, "dropped")
+        self._close_all([connection], wait=True)
+
+    def drop_expired(self) -> None:
+        """Close the idle connections whose ``is_expired()`` is true. The reaper does so every `reap_interval`."""
+        expired = []
+        for _ in range(self.idle):
+            member = self.inspect()
+            if member is None:
+                break
+            try:
+                reason = "expired" if self._operations.is_expired(member.connection) else None
+            except BaseException as error:
+                self._discard(member)
+                if not isinstance(error, Exception):
+                    raise
+                self._report("is_expired() failed; the connection is closed", error)
+                continue
+            if member.holder is None:  # dropped meanwhile
+                continue
+            if reason:
+                self.retire(member, reason)
+                expired.append(member.connection)
+            else:
+                self._settle(self.inspected(member), member.connection)
+        self._close_all(expired, wait=True)
+
+    def close(self) -> None:
+        """Close the pool: idle connections now, borrowed ones as they return, dials as they end.
+
+        Whoever waits gets :exc:`PoolClosedError`. Returns when the idle ones are closed. Closing twice is fine.
+        """
+        self._shut(wait=True)
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    def stats(self) -> PoolStats:
+        """The pool's state, and what it has counted since it was made."""
+        return PoolStats(
+            size=self.size,
+            idle=self.idle,
+            in_use=self.in_use,
+            opening=self._dialling,
+            waiting=self.waiting,
+            max_connections=self._max_connections,
+            acquired=self._retired_uses + sum(member.uses for member in self._members.values()),
+            opened=self._opened,
+            open_failures=self._open_failures,
+            exhausted=self._exhausted,
+            closed=MappingProxyType(dict(self._closed_for)),
+        )
+
+    def __enter__(self: P) -> P:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Called by the collector, in any thread and in the middle of anything: nothing here may wait.
+        if self._running and not sys.is_finalizing():
+            self._shut(wait=False)
+
+    def __repr__(self) -> str:
+        if not self._running:
+            return f"<{type(self).__name__}, not initialised>"
+        state = "closed" if self._closed else f"max {self._max_connections}"
+        return (
+            f"<{self._label}: {self.idle} idle, {self.in_use} in use, {self._dialling} opening, "
+            f"{self.waiting} waiting, {state}>"
+        )
+
+    def _create_connection(self) -> C:
+        """Make a connection and open it. A subclass may override this, as in 0.1.6; what it returns is lent as it is,
+        opened or not."""
+        connection = self._factory(**self._options)
+        self._vet(connection)
+        self.claim(connection)
+        try:
+            self._operations.open(connection)
+        except BaseException:
+            self._close_half_open(connection)
+            raise
+        finally:
+            self.disclaim(connection)
+        return connection
+
+    # Behind acquire
+
+    def _acquire(self, retry: int, retried: int, timeout: float | EllipsisType | None) -> Member[C]:
+        limit, lenient = self._limit(retry, retried, timeout)
+        started = monotonic()
+        while True:
+            found = self.take(wait=lenient or limit != 0)
+            if isinstance(found, Member):
+                if found.cold and not self._passes_check(found):
+                    continue
+                return found
+            if isinstance(found, Place):
+                return self._wait(found, started, limit, lenient)
+            if found is CLOSED:
+                raise PoolClosedError(f"{self._label} is closed")
+            raise self._exhausted_error(started)
+
+    def _limit(self, retry: int, retried: int, timeout: float | EllipsisType | None) -> tuple[float | None, bool]:
+        """How long an acquire may take, and whether a dial may take longer (0.1.6's rule)."""
+        whole_number("retry", retry)
+        whole_number("retried", retried)
+        if timeout is None:
+            return None, False
+        if not isinstance(timeout, EllipsisType):
+            return seconds("timeout", timeout, zero=True), False
+        if self._acquire_timeout is not None:
+            return self._acquire_timeout, False
+        return max(0, retry - retried) * 0.1, True
+
+    def _wait(self, place: Place[C], started: float, limit: float | None, lenient: bool) -> Member[C]:
+        try:
+            self._start_dials()
+            while place.member is None and place.error is None:
+                if limit is None or (lenient and place.reserved):
+                    self._park(place, None)
+                    continue
+                left = started + limit - monotonic()
+                if left <= 0:
+                    break
+                self._park(place, left)
+        except BaseException:
+            unused = self.abandon(place)
+            if unused is not None:
+                self._settle(self.give(unused), unused.connection)
+            raise
+        if place.error is not None:
+            raise place.error
+        member = place.member or self.abandon(place)
+        if member is None:
+            raise self._exhausted_error(started)
+        return member
+
+    def _passes_check(self, member: Member[C]) -> bool:
+        member.cold = False
+        if self._check_after_idle is None:
+            return True
+        try:
+            passed = self._operations.check(member.connection)
+        except BaseException as error:
+            self._reject(member)
+            if not isinstance(error, Exception):
+                raise
+            self._report("check() failed; the connection is closed", error)
+            return False
+        if not passed:
+            self._reject(member)
+            return False
+        return member.holder is not None  # else dropped meanwhile
+
+    def _reject(self, member: Member[C]) -> None:
+        if member.holder is not None:
+            self.reject(member)
+            self._close_all([member.connection], wait=False)
+
+    def _exhausted_error(self, started: float) -> PoolExhaustedError:
+        self._exhausted += 1
+        stats = self.stats()
+        waited = monotonic() - started
+        text = (
+            f"{self._label} has no connection to lend after {waited:.3g} s: {stats.in_use} of at most "
+            f"{stats.max_connections} in use, {stats.idle} idle, {stats.opening} opening, {stats.waiting} waiting"
+        )
+        if self._max_waiting is not None:
+            text += f" (max_waiting={self._max_waiting})"
+        if self._last_error is not None:
+            text += f"; the last connect error was {self._last_error!r}"
+        text += "; return connections sooner, wait longer (timeout=), or raise max_connections"
+        return PoolExhaustedError(text, stats=stats, waited=waited, last_error=self._last_error)
+
+    # Behind release
+
+    def _release(self, connection: C) -> None:
+        member = self._members.get(id(connection))
+        if member is None:
+            raise ConnectionNotFoundError(
+                f"{self._label} has no such connection (dropped, or another pool's?): {_describe(connection)}"
+            )
+        if member.holder is not BY_HAND and not isinstance(member.holder, Lease):
+            raise ConnectionNotFoundError(
+                f"{self._label} has lent this connection to nobody (released twice?): {_describe(connection)}"
+            )
+        error = exception()
+        if error is None or isinstance(error, Exception):
+            self._return(member)
+        else:
+            self._discard(member)
+
+    def _return(self, member: Member[C]) -> None:
+        """Reset it where that is wanted, then give it back."""
+        if self._resets and not self._closed:
+            member.holder = RETURNING
+            try:
+                self._operations.reset(member.connection)
+            except BaseException as error:
+                self._discard(member)
+                if not isinstance(error, Exception):
+                    raise
+                self._report("reset() failed; the connection is closed", error)
+                return
+            if member.holder is None:
+                return  # dropped meanwhile
+        self._settle(self.give(member), member.connection)
+
+    def _discard(self, member: Member[C]) -> None:
+        if member.holder is not None:
+            self.retire(member, "discarded")
+            self._close_all([member.connection], wait=False)
+
+    def _settle(self, outcome: Place[C] | Sentinel | None, connection: C) -> None:
+        """Carry out what `give`, `opened` or `inspected` answered."""
+        if outcome is RETIRED:
+            self._close_all([connection], wait=False)
+        elif isinstance(outcome, Place):
+            self._wake(outcome)
+
+    # Dials
+
+    def _start_dials(self) -> None:
+        while (place := self.permit()) is not None:
+            self._spawn(self._dial, place)
+
+    def _dial(self, place: Place[C] | None) -> BaseException | None:
+        """Redeem a permit. Answers the error if it failed."""
+        problem: BaseException | None = None
+        try:
+            connection = self._create_connection()
+            self._vet(connection)
+        except BaseException as error:
+            problem = error if self._may_raise(error) else PoolError(f"{self._label}: a dial was killed")
+            waiter = self.failed(place, problem)
+            if waiter is not None:
+                self._wake(waiter)
+            elif place is not None:
+                self._report("a dial failed that nobody waits for any more", problem)
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+        else:
+            if self._operations.resets(connection):
+                self.expect_resets()
+            self._settle(self.opened(connection), connection)
+        finally:
+            self._start_dials()
+        return problem
+
+    def _vet(self, connection: C) -> None:
+        self._operations.vet(connection)
+        if self.knows(connection):
+            raise PoolError(
+                f"the factory of {self._label} returned a connection that is in the pool already, "
+                f"where a new one each time is needed: {_describe(connection)}"
+            )
+
+    def _close_half_open(self, connection: C) -> None:
+        """A failed `open()` may have left it open; what goes wrong here is of no more interest than that."""
+        try:
+            with self._bounded(self.close_grace):
+                self._operations.close(connection)
+        except BaseException as error:
+            logger.debug("%s: closing after a failed open() failed too", self._label, exc_info=error)
+
+    def _fill(self, count: int) -> None:
+        """Open the initial connections side by side, as many at once as may be."""
+        tally: _Tally[C] = _Tally(count)
+
+        def work() -> None:
+            while tally.unstarted and tally.error is None and self.permit_unasked():
+                tally.unstarted -= 1
+                tally.error = self._dial(None) or tally.error
+                tally.left -= 1
+            if tally.error is not None or not tally.left:
+                self._wake(tally.place)
+
+        for _ in range(min(count, self._max_connecting)):
+            self._spawn(work)
+        while tally.left and tally.error is None:
+            self._park(tally.place, None)
+        if tally.error is not None:
+            raise tally.error
+
+    # Closing
+
+    def _shut(self, wait: bool) -> None:
+        if self._closed:
+            return
+        idle, places = self.shut()
+        for place in places:
+            place.error = PoolClosedError(f"{self._label} was closed while this borrower waited")
+            self._wake(place)
+        for task in self._upkeep:
+            self._stop(task)
+        self._close_all(idle, wait)
+
+    def _close_all(self, connections: list[C], wait: bool) -> None:
+        """Close them side by side, each in a greenlet of its own: their slots are free when that is done."""
+        tally: _Tally[C] = _Tally(len(connections))
+        for connection in connections:
+            self._spawn(self._close_one, connection, tally)
+        while wait and tally.left:
+            self._park(tally.place, None)
+
+    def _close_one(self, connection: C, tally: _Tally[C]) -> None:
+        try:
+            with self._bounded(self.close_grace):
+                self._operations.close(connection)
+        except BaseException as error:
+            self._report("close() failed", error)
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+        finally:
+            self.freed(connection)
+            self._start_dials()
+            tally.left -= 1
+            if not tally.left:
+                self._wake(tally.place)
+
+    # Upkeep
+
+    def _keep_up(self, every: float, action: Callable[[Any], None]) -> None:
+        self._upkeep.append(self._spawn(_keep_up, weakref.ref(self), self._sleep, every, action))
+
+    # Saying what goes on
+
+    @property
+    def _label(self) -> str:
+        kind = type(self).__name__
+        return f"{kind} {self._name!r}" if self._name else f"{kind} of {_name_of(self._factory)}"
+
+    def _report(self, what: str, error: BaseException) -> None:
+        logger.warning("%s: %s: %r", self._label, what, error, exc_info=error)
+
+    # What a runtime supplies
+
+    def _settle_in(self) -> None:
+        """Remember where the pool was made, if that matters. Called once, before anything else below."""
+
+    def _park(self, place: Place[C], limit: float | None) -> None:
+        """Stand still until `place` is woken, or `limit` seconds have passed; waking for no reason is allowed."""
+        raise NotImplementedError
+
+    def _wake(self, place: Place[C]) -> None:
+        """Let whoever stands still at `place` go on, soon; nobody may stand there."""
+        raise NotImplementedError
+
+    def _spawn(self, job: Callable[..., object], *args: object) -> object:
+        """Run a job in the background, soon, and again if it is killed before it could begin."""
+        raise NotImplementedError
+
+    def _stop(self, task: object) -> None:
+        """End a background job that sleeps; never waits for it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _sleep(duration: float) -> None:
+        """Stand still for so many seconds, without keeping the program alive for it."""
+        raise NotImplementedError
+
+    def _bounded(self, limit: float) -> AbstractContextManager[object]:
+        """A block that ends with a TimeoutError when it takes longer than `limit` seconds."""
+        raise NotImplementedError
+
+    def _may_raise(self, error: BaseException) -> bool:
+        """Whether an error of a dial may be raised in the borrower: not so the end of the dial's own greenlet."""
+        raise NotImplementedError
+
+
+class _Tally(Generic[C]):
+    """Jobs that somebody waits for."""
+
+    __slots__ = ("error", "left", "place", "unstarted")
+
+    def __init__(self, jobs: int) -> None:
+        self.left = self.unstarted = jobs
+        self.error: BaseException | None = None
+        self.place: Place[C] = Place()
+
+
+def _keep_up(
+    ref: weakref.ref[BlockingPool[Any]],
+    sleep: Callable[[float], None],
+    every: float,
+    action: Callable[[BlockingPool[Any]], None],
+) -> None:
+    """Do something for a pool now and then, for as long as somebody refers to it."""
+    while (pool := ref()) is not None and not pool.closed:
+        del pool
+        sleep(every)
+        pool = ref()
+        if pool is not None and not pool.closed:
+            try:
+                action(pool)
+            except Exception as error:
+                pool._report("upkeep failed", error)
+        del pool
+
+
+def _describe(connection: object) -> str:
+    return f"<{type(connection).__name__} at {id(connection):#x}>"
+
+
+def _name_of(factory: object) -> str:
+    return str(getattr(factory, "__name__", None) or type(factory).__name__)

@@ -1,0 +1,109 @@
+"""The operations through which a pool reaches its connections, and the two ways to supply them: the methods of a
+`Connection`, or the functions that `wrap` was given."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Protocol, TypeVar
+
+from gsocketpool.connection import Connection, Wrap
+
+__all__ = ["Functions", "Methods", "Operations", "operations_of"]
+
+C = TypeVar("C")
+T_contra = TypeVar("T_contra", contravariant=True)
+
+
+class Operations(Protocol[T_contra]):
+    """What a pool does with a connection. Each may raise whatever user code raises."""
+
+    def vet(self, connection: T_contra) -> None:
+        """Refuse, with a TypeError, what a factory should not have returned."""
+
+    def open(self, connection: T_contra) -> None:
+        """Open what the factory returned."""
+
+    def close(self, connection: T_contra) -> None:
+        """Close it, if it is open."""
+
+    def is_expired(self, connection: T_contra) -> bool:
+        """Whether the reaper should take it."""
+
+    def check(self, connection: T_contra) -> bool:
+        """Whether it can be lent after it idled."""
+
+    def reset(self, connection: T_contra) -> None:
+        """Make it as new, before anyone else can have it."""
+
+    def resets(self, connection: T_contra) -> bool:
+        """Whether `reset` does anything."""
+
+
+class Methods:
+    """The methods of a `Connection`."""
+
+    def vet(self, connection: Connection) -> None:
+        if not isinstance(connection, Connection):
+            raise TypeError(
+                f"the factory returned {connection!r}, which is no gsocketpool.Connection; "
+                "pool other objects with Pool(wrap(factory))"
+            )
+
+    def open(self, connection: Connection) -> None:
+        connection.open()
+
+    def close(self, connection: Connection) -> None:
+        try:
+            connected = connection.is_connected()
+        except Exception:
+            connection.close()  # it may well be open
+            raise
+        if connected:
+            connection.close()
+
+    def is_expired(self, connection: Connection) -> bool:
+        return connection.is_expired()
+
+    def check(self, connection: Connection) -> bool:
+        return connection.check()
+
+    def reset(self, connection: Connection) -> None:
+        connection.reset()
+
+    def resets(self, connection: Connection) -> bool:
+        # Asked of the class: an instance's __getattr__ may be a remote call.
+        return type(connection).reset is not Connection.reset
+
+
+class Functions(Generic[C]):
+    """The functions that `wrap` was given."""
+
+    def __init__(self, wrapped: Wrap[C]) -> None:
+        self._wrapped = wrapped
+
+    def vet(self, connection: C) -> None:
+        if connection is None:
+            raise TypeError("the open function of wrap() returned None instead of a connection")
+
+    def open(self, connection: C) -> None:
+        """Nothing to do: the factory's own call opened it."""
+
+    def close(self, connection: C) -> None:
+        self._wrapped.close(connection)
+
+    def is_expired(self, connection: C) -> bool:
+        return False
+
+    def check(self, connection: C) -> bool:
+        return self._wrapped.check is None or bool(self._wrapped.check(connection))
+
+    def reset(self, connection: C) -> None:
+        if self._wrapped.reset is not None:
+            self._wrapped.reset(connection)
+
+    def resets(self, connection: C) -> bool:
+        return self._wrapped.reset is not None
+
+
+def operations_of(factory: object) -> Operations[Any]:
+    """The operations for what this factory makes."""
+    return Functions(factory) if isinstance(factory, Wrap) else Methods()
