@@ -233,7 +233,9 @@ class BlockingPool(Core[C]):
         member = self._members.get(id(connection))
         if member is None:
             raise ConnectionNotFoundError(f"{self._label} has no such connection: {_describe(connection)}")
-        self.retire(member, "dropped")
+        granted_to = self.retire(member, "dropped")
+        if granted_to is not None:
+            self._tell_closed(granted_to)
         self._close_all([connection], wait=True)
 
     def drop_expired(self) -> None:
@@ -332,12 +334,12 @@ class BlockingPool(Core[C]):
         started = monotonic()
         while True:
             found = self.take(wait=lenient or limit != 0)
+            if isinstance(found, Place):
+                found = self._wait(found, started, limit, lenient)
             if isinstance(found, Member):
                 if found.cold and not self._passes_check(found):
                     continue
                 return found
-            if isinstance(found, Place):
-                return self._wait(found, started, limit, lenient)
             if found is CLOSED:
                 raise PoolClosedError(f"{self._label} is closed")
             raise self._exhausted_error(started)
@@ -531,11 +533,14 @@ class BlockingPool(Core[C]):
             return
         idle, places = self.shut()
         for place in places:
-            place.error = PoolClosedError(f"{self._label} was closed while this borrower waited")
-            self._wake(place)
+            self._tell_closed(place)
         for task in self._upkeep:
             self._stop(task)
         self._close_all(idle, wait)
+
+    def _tell_closed(self, place: Place[C]) -> None:
+        place.error = PoolClosedError(f"{self._label} was closed while this borrower waited")
+        self._wake(place)
 
     def _close_all(self, connections: list[C], wait: bool) -> None:
         """Close them side by side, each in a greenlet of its own: their slots are free when that is done."""

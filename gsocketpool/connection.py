@@ -11,6 +11,7 @@ Seconds are ``int`` or ``float``.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import os
@@ -470,7 +471,7 @@ class StreamConnection(Connection):
         late = f" within {seconds:g} s" if deadline is not None and monotonic() >= deadline else ""
         tried = "; ".join(text for text, _ in failures) or "no address"
         message = f"cannot connect to {self._endpoint}{late} ({tried})"
-        for (_, earlier), (_, later) in zip(failures, failures[1:], strict=False):
+        for (_, earlier), (_, later) in itertools.pairwise(failures):
             later.__context__ = earlier
         last = failures[-1][1] if failures else None
         try:
@@ -593,7 +594,8 @@ class TcpConnection(StreamConnection):
         if nodelay:
             self._options.append((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1))
         if source_address is not None:
-            if type(source_address) is not tuple or len(source_address) != 2:
+            given: Any = source_address
+            if not isinstance(given, tuple) or len(given) != 2:
                 raise TypeError(f"source_address must be a tuple (host, port) or None, not {source_address!r}")
             if source_address[0] != "":  # any address of this machine
                 _host("the host of source_address", source_address[0])
@@ -777,8 +779,8 @@ def _keepalive_options(value: bool | int | tuple[int, int, int] | None) -> list[
     if value is True:
         return options
     takes = "tcp_keepalive must be None, True, False, whole seconds, or a tuple (silent, between, probes) of ints"
-    numbers = value if isinstance(value, tuple) else (value, value)
-    if (isinstance(value, tuple) and len(value) != 3) or not all(map(_is_int, numbers)):
+    numbers: tuple[Any, ...] = value if isinstance(value, tuple) else (value, value)
+    if not all(map(_is_int, numbers)) or len(numbers) != (3 if numbers is value else 2):
         raise TypeError(f"{takes}, not {value!r}")
     silent = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE"  # macOS' name for it
     most = {silent: 32767, "TCP_KEEPINTVL": 32767, "TCP_KEEPCNT": 127}  # Linux takes no more

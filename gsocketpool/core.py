@@ -258,15 +258,23 @@ class Core(Generic[C]):
         member.uses -= 1
         self.retire(member, "stale")
 
-    def retire(self, member: Member[C], reason: str) -> None:
-        """The pool is done with it, idle or in use. Its slot is free when `freed` says so."""
+    def retire(self, member: Member[C], reason: str) -> Place[C] | None:
+        """The pool is done with it, idle or in use. Its slot is free when `freed` says so.
+
+        Who was granted it, and has not collected it yet, gets another or is first in the queue again; answers his
+        place if the pool is closed and he must be told.
+        """
         place = member.holder
         if place is None:
             self._remove_idle(member)
-        elif isinstance(place, Place):  # granted, not collected yet: first in the queue again
+        elif isinstance(place, Place):
             member.uses -= 1
             place.member = None
-            self._requeue(place)
+            other = self._pop_idle()
+            if other is not None:
+                self._hand(other, place)
+            elif not self._closed:
+                self._requeue(place)
         connection = member.connection
         del self._members[id(connection)]
         self._claimed[id(connection)] = connection
@@ -274,6 +282,7 @@ class Core(Generic[C]):
         self._closing += 1
         self._closed_for[reason] += 1
         self._retired_uses += member.uses
+        return place if isinstance(place, Place) and self._closed else None
 
     def freed(self, connection: C) -> None:
         """Its socket is closed: the slot is free."""
@@ -345,14 +354,17 @@ class Core(Generic[C]):
 
     def _grant(self, member: Member[C]) -> Place[C]:
         place, _ = (self._dialled or self._undialled).popitem(last=False)
-        place.member = member
-        member.holder = place
         member.cold = False
-        member.uses += 1
+        self._hand(member, place)
         self._balance()
         if not self.waiting:
             self._set_lanes()
         return place
+
+    def _hand(self, member: Member[C], place: Place[C]) -> None:
+        place.member = member
+        member.holder = place
+        member.uses += 1
 
     def _requeue(self, place: Place[C]) -> None:
         queue = self._dialled or self._undialled
