@@ -59,12 +59,13 @@ class Lease(Generic[C]):
         if self._member is not None:
             raise RuntimeError("this block is entered already; call connection() again for a second connection")
         pool = self._pool
-        try:
-            member = pool._lane_out.pop()
+        lane = pool._lane_out
+        if lane and self._timeout is ...:
+            member = lane.pop()
             member.uses += 1
-        except IndexError:
-            member = pool._acquire(10, 0, self._timeout)
-        member.holder = self
+            member.holder = self
+        else:
+            member = pool._acquire(self, 10, 0, self._timeout)
         self._member = member
         return member.connection
 
@@ -185,16 +186,13 @@ class BlockingPool(Core[C]):
         :raises PoolClosedError: the pool is closed.
         :raises Exception: whatever `open()` raised in the dial that was made for this borrower.
         """
-        if timeout is ...:
-            try:
-                member = self._lane_out.pop()
-            except IndexError:
-                pass
-            else:
-                member.uses += 1
-                member.holder = BY_HAND
-                return member.connection
-        return self._acquire(retry, retried, timeout).connection
+        lane = self._lane_out
+        if lane and timeout is ...:
+            member = lane.pop()
+            member.uses += 1
+            member.holder = BY_HAND
+            return member.connection
+        return self._acquire(BY_HAND, retry, retried, timeout).connection
 
     def release(self, connection: C) -> None:
         """Give back what :meth:`acquire` returned.
@@ -205,15 +203,12 @@ class BlockingPool(Core[C]):
 
         :raises ConnectionNotFoundError: it is not in use, or not this pool's.
         """
-        try:
-            member = self._lane_in[id(connection)]
-        except KeyError:
-            return self._release(connection)
-        if member.holder is not BY_HAND or exception() is not None:
-            return self._release(connection)
-        member.holder = None
-        self._warm.append(member)
-        return None
+        member = self._lane_in.get(id(connection))
+        if member is None or member.holder is not BY_HAND or exception() is not None:
+            self._release(connection)
+        else:
+            member.holder = None
+            self._warm.append(member)
 
     def connection(self, timeout: float | EllipsisType | None = ...) -> Lease[C]:
         """A context manager that borrows a connection and gives it back.
@@ -329,7 +324,7 @@ class BlockingPool(Core[C]):
 
     # Behind acquire
 
-    def _acquire(self, retry: int, retried: int, timeout: float | EllipsisType | None) -> Member[C]:
+    def _acquire(self, holder: object, retry: int, retried: int, timeout: float | EllipsisType | None) -> Member[C]:
         limit, lenient = self._limit(retry, retried, timeout)
         started = monotonic()
         while True:
@@ -339,6 +334,7 @@ class BlockingPool(Core[C]):
             if isinstance(found, Member):
                 if found.cold and not self._passes_check(found):
                     continue
+                found.holder = holder
                 return found
             if found is CLOSED:
                 raise PoolClosedError(f"{self._label} is closed")

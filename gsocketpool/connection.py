@@ -229,14 +229,16 @@ class StreamConnection(Connection):
         attempt = self._attempt = object()
         try:
             sock, tls = self._dial()
-            if self._attempt is not attempt:
-                sock.close()
-                raise ConnectionAbortedError(f"the connection to {self._endpoint} was closed while it was being opened")
-            self._sock, self._tls = sock, tls
-            self._opened_at = monotonic()
-        finally:
+        except BaseException:
             if self._attempt is attempt:
                 self._attempt = None
+            raise
+        if self._attempt is not attempt:
+            sock.close()
+            raise ConnectionAbortedError(f"the connection to {self._endpoint} was closed while it was being opened")
+        self._attempt = None
+        self._sock, self._tls = sock, tls
+        self._opened_at = monotonic()
 
     def close(self) -> None:
         """Close the socket, without waiting for anything. If it is closed already, nothing is done.
@@ -265,35 +267,33 @@ class StreamConnection(Connection):
         Bytes that arrive before a request was sent are the rest of an earlier reply, or garbage, and would be taken for
         the next reply. The look at what has arrived never waits.
 
-        Under TLS, bytes on the wire may be no data: servers send session tickets unasked (TLS 1.3), and say goodbye by
-        a record of their own before they close. So if any have arrived, TLS reads them, without waiting: a ticket is
-        taken in and does no harm; a goodbye ends the stream even where the end of the TCP stream is still to come.
+        Under TLS, what arrives may be no data: servers send session tickets unasked (TLS 1.3), and say goodbye in a
+        record of their own before they end the TCP stream. So there TLS reads what has arrived, without waiting for
+        more. A ticket does no harm, a goodbye is an end of the stream, and data stays to be received.
         """
         sock, tls = self._sock, self._tls
         if sock is None or self._buffer:
             return False
         try:
-            if tls is not None and tls.pending():
-                return False  # decrypted data, which the socket under TLS does not show
-            arrived = self._peek(sock)
+            if tls is not None:
+                return self._has_no_data(tls)
+            self._peek(sock)
+            return False  # the end of the stream, or a byte of data
         except BlockingIOError:
             return True
         except OSError:
             return False
-        return bool(arrived) and tls is not None and self._check_records(tls)
 
-    def _check_records(self, tls: ssl.SSLSocket) -> bool:
+    def _has_no_data(self, tls: ssl.SSLSocket) -> bool:
         import ssl
 
         timeout = tls.gettimeout()
         tls.settimeout(0)
         try:
-            self._buffer += tls.recv(1)
+            self._buffer += tls.recv(_READ_SIZE)
             return False
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return True  # no data in them
-        except OSError:
-            return False
+            return True
         finally:
             tls.settimeout(timeout)
 
@@ -323,7 +323,7 @@ class StreamConnection(Connection):
         :param data: bytes, or any other object with a contiguous buffer.
         :returns: how many bytes were sent: all.
         :raises TypeError: if ``data`` is a ``str``, or anything else without a buffer.
-        :raises TimeoutError: if the peer has not taken all of it after ``timeout`` seconds.
+        :raises TimeoutError: if the peer took none of it for ``timeout`` seconds, or the rest not in as many more.
         :raises ConnectionError: if the connection is not open, or broken.
         """
         sock = self._sock
@@ -333,7 +333,9 @@ class StreamConnection(Connection):
         size = len(view)
         if size:
             try:
-                sock.sendall(view)
+                sent = sock.send(view)  # all of it as a rule, and with less ado than sendall()
+                if sent < size:
+                    sock.sendall(memoryview(view)[sent:])
             except TimeoutError as error:
                 raise self._timed_out(f"did not take {size} bytes", sock, error) from error
         return size
@@ -373,7 +375,7 @@ class StreamConnection(Connection):
             buffer += data
         return self._take(n)
 
-    def recv_until(self, sep: bytes, limit: int = 65536) -> bytes:
+    def recv_until(self, sep: bytes | bytearray, limit: int = 65536) -> bytes:
         r"""Receive up to the next ``sep``, and return what came before it, without it.
 
         What came after it is kept for the next receiving call; until then :meth:`check` is False. What had come when it
@@ -447,6 +449,10 @@ class StreamConnection(Connection):
     def _prepare(self, sock: _Socket) -> None:
         """Set up a socket that is to connect."""
 
+    def _reach(self, sock: _Socket, address: Any, deadline: float | None) -> None:
+        """Connect the socket."""
+        sock.connect(address)
+
     def _secure(self, sock: _Socket, deadline: float | None) -> ssl.SSLSocket | None:
         """Set up TLS on a socket that has connected, if it is wanted."""
         return None
@@ -469,7 +475,7 @@ class StreamConnection(Connection):
             except OSError as error:
                 failures.append((f"{name}: {_reason(error, share)}", error))
         late = f" within {seconds:g} s" if deadline is not None and monotonic() >= deadline else ""
-        tried = "; ".join(text for text, _ in failures) or "no address"
+        tried = "; ".join(text for text, _ in failures) or ("no time was left to try" if late else "it has no address")
         message = f"cannot connect to {self._endpoint}{late} ({tried})"
         for (_, earlier), (_, later) in itertools.pairwise(failures):
             later.__context__ = earlier
@@ -489,7 +495,7 @@ class StreamConnection(Connection):
             with self._time_limit(seconds):
                 sock.settimeout(seconds)
                 self._prepare(sock)
-                sock.connect(address)
+                self._reach(sock, address, deadline)
                 tls = self._secure(sock, deadline)
         except BaseException:
             sock.close()
@@ -523,6 +529,12 @@ class StreamConnection(Connection):
 
         limit: AbstractContextManager[Any] = Timeout(seconds, TimeoutError)
         return limit
+
+    def _sleep(self, seconds: float) -> None:
+        """Let others run for a while."""
+        from gevent import sleep
+
+        sleep(seconds)
 
     def _wrap_tls(self, sock: _Socket, context: ssl.SSLContext, server_hostname: str) -> ssl.SSLSocket:
         """Return a TLS socket that has taken over the descriptor of ``sock``; its handshake is still to be done."""
@@ -709,6 +721,20 @@ class UnixConnection(StreamConnection):
     def _resolve(self, seconds: float | None) -> list[_Place]:
         return [(socket.AF_UNIX, 0, self._path, self._endpoint)]
 
+    def _reach(self, sock: _Socket, address: Any, deadline: float | None) -> None:
+        # While the server's queue is full the kernel says "try again", and has no event for when: a connect that
+        # waits for one would fail at once (the standard library), or go round and round without a pause (gevent).
+        pause = 0.001
+        sock.settimeout(0)
+        while True:
+            try:
+                return sock.connect(address)
+            except BlockingIOError as error:
+                if deadline is not None and monotonic() >= deadline:
+                    raise TimeoutError from error
+            self._sleep(pause)
+            pause = min(2 * pause, 0.1)
+
 
 def _shake_hands(tls: ssl.SSLSocket, deadline: float | None) -> None:
     tls.settimeout(None if deadline is None else max(deadline - monotonic(), 0.001))
@@ -834,7 +860,7 @@ def _default_context(cert_file: str | None, cert_dir: str | None) -> ssl.SSLCont
 
 def _reason(error: OSError, seconds: float | None = None) -> str:
     if isinstance(error, TimeoutError) and error.errno is None and seconds is not None:
-        return f"no answer in {seconds:.3g} s"
+        return f"no answer in {seconds:.2f} s"
     return error.strerror or str(error) or type(error).__name__
 
 
@@ -842,6 +868,9 @@ def _alike(error: OSError | None, message: str) -> OSError:
     """Return an error of the type of ``error``, with its number and attributes, that says ``message``."""
     if error is None:
         return OSError(message)
-    alike = type(error)(message) if error.errno is None else type(error)(error.errno, message)
+    try:
+        alike = type(error)(message) if error.errno is None else type(error)(error.errno, message)
+    except TypeError:
+        alike = OSError(error.errno, message)  # a runtime's own type, which takes other arguments
     alike.__dict__.update(error.__dict__)  # where ssl keeps verify_code, reason and the like
     return alike

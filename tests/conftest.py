@@ -1,0 +1,251 @@
+"""What holds for every test: it leaves no greenlet, no descriptor, no log record and no traceback behind.
+
+A test that expects the pool to log a warning, or a greenlet to die of an error, asks for `logged` or `crashed` and
+takes what it expects; whatever nobody took fails the test.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import time
+import traceback
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import gevent
+import gevent.socket
+import greenlet
+import pytest
+from gevent.event import Event
+from gevent.hub import Hub
+from hypothesis import HealthCheck, settings
+
+from .peers import Nginx, Postgres, Valkey, peer_folder
+
+SEED = int(os.environ.get("GSOCKETPOOL_SEED", "20170411"))
+
+#: Seconds that what a test started has to come to its end after the test.
+SETTLE = 5.0
+
+settings.register_profile(
+    "gsocketpool",
+    # The same examples in every run; no deadline, since a shared machine may stop for a while at any place.
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("gsocketpool")
+
+
+def pytest_report_header() -> str:
+    return f"random seed: {SEED} (set GSOCKETPOOL_SEED for another), gevent {gevent.__version__}"
+
+
+def pytest_collection_finish() -> None:
+    # What gevent makes once and keeps: its hub and the threads that resolve names.
+    gevent.socket.getaddrinfo("127.0.0.1", 80)
+    # All that was imported leaves the collector's lists, so that it takes no time to look through them after each test.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers that differ between tests and are the same in every run with the same seed."""
+    return random.Random(f"{SEED}:{request.node.nodeid}")
+
+
+class Logged(logging.Handler):
+    """Takes down what is logged under ``gsocketpool`` at WARNING and above."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._records: list[logging.LogRecord] = []
+        self._arrived = Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append(record)
+        self._arrived.set()
+
+    def take(self, count: int | None = None, timeout: float = 5.0) -> list[logging.LogRecord]:
+        """Return the records so far, in order, and forget them: the test expected them.
+
+        :param count: wait until there are so many, and fail if there are not exactly so many.
+        :param timeout: seconds to wait for them.
+        """
+        deadline = time.monotonic() + timeout
+        while len(self._records) < (count or 0) and (left := deadline - time.monotonic()) > 0:
+            self._arrived.clear()
+            self._arrived.wait(left)
+        taken, self._records = self._records, []
+        if count is not None:
+            assert len(taken) == count, f"{count} log records expected, got {[r.getMessage() for r in taken]}"
+        return taken
+
+
+class Crashed:
+    """Takes down the errors that greenlets and callbacks die of, which gevent's hub would print to stderr."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._errors: list[tuple[object, BaseException]] = []
+
+    def handle_error(
+        self,
+        context: object,
+        type: type[BaseException] | None,
+        value: BaseException | str | None,
+        tb: TracebackType | None,
+    ) -> None:
+        kind, error, tb = self._hub._normalize_exception(type, value, tb)  # type: ignore[attr-defined]
+        if context is None or issubclass(kind, (*self._hub.SYSTEM_ERROR, pytest.fail.Exception)):
+            # A signal's handler raised: Ctrl-C, or a test's time limit, which may well have hit another greenlet. It
+            # ends the test, so it goes on in the main greenlet.
+            self._hub.handle_system_error(kind, error, tb)
+        elif not issubclass(kind, self._hub.NOT_ERROR):
+            self._errors.append((context, error))
+
+    def take(self) -> list[BaseException]:
+        """Return the errors so far and forget them: the test expected them."""
+        taken, self._errors = [error for _, error in self._errors], []
+        return taken
+
+    def report(self) -> list[str]:
+        return [f"{context!r} died of\n{''.join(traceback.format_exception(e))}" for context, e in self._errors]
+
+
+_known_greenlets: weakref.WeakSet[greenlet.greenlet] = weakref.WeakSet()
+
+
+def _new_greenlets() -> list[greenlet.greenlet]:
+    """Live greenlets that were not there before this test; hubs and the main greenlets of threads do not count."""
+    current = greenlet.getcurrent()
+    return [
+        g
+        for g in gc.get_objects()
+        if isinstance(g, greenlet.greenlet)
+        # True while it runs or waits: not yet once it is made, no longer once it has ended.
+        and g
+        and g is not current
+        and g.parent is not None
+        and not isinstance(g, Hub)
+        and g not in _known_greenlets
+    ]
+
+
+def _descriptors() -> dict[str, str]:
+    """Open descriptors and what they lead to."""
+    folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    found = {}
+    for name in os.listdir(folder):
+        try:
+            found[name] = os.readlink(f"{folder}/{name}")
+        except OSError:
+            # The one that listdir itself had open; and on systems without /proc the links say nothing.
+            found[name] = ""
+    return {fd: target for fd, target in found.items() if target or folder == "/dev/fd"}
+
+
+@pytest.fixture(autouse=True)
+def _observed() -> Iterator[tuple[Logged, Crashed]]:
+    """Fail a test that leaves anything behind. Made before and torn down after every other fixture of the test."""
+    hub = gevent.get_hub()
+    logged, crashed = Logged(), Crashed(hub)
+    logger = logging.getLogger("gsocketpool")
+    logger.addHandler(logged)
+    hub.handle_error = crashed.handle_error  # type: ignore[method-assign]
+    _known_greenlets.update(_new_greenlets())
+    before = _descriptors()
+
+    yield logged, crashed
+
+    def leaks() -> list[str]:
+        fds = _descriptors().items() - before.items()
+        return [
+            *(
+                f"a greenlet that still lives: {g!r}\n{''.join(traceback.format_stack(g.gr_frame))}"
+                for g in _new_greenlets()
+            ),
+            *(f"an open descriptor: {fd} -> {target}" for fd, target in sorted(fds)),
+        ]
+
+    deadline = time.monotonic() + SETTLE
+    pause = 0.0
+    while (left := leaks()) and time.monotonic() < deadline:
+        gevent.sleep(pause)
+        gc.collect()
+        pause = min(pause * 2 or 0.001, 0.1)
+    logger.removeHandler(logged)
+    del hub.handle_error
+    left += [f"a log record: {r.levelname} {r.name}: {r.getMessage()}" for r in logged.take()]
+    left += crashed.report()
+    if left:
+        pytest.fail("the test left behind:\n" + "\n".join(left), pytrace=False)
+
+
+@pytest.fixture
+def logged(_observed: tuple[Logged, Crashed]) -> Logged:
+    """What is logged under ``gsocketpool`` at WARNING and above; take what the test expects."""
+    return _observed[0]
+
+
+@pytest.fixture
+def crashed(_observed: tuple[Logged, Crashed]) -> Crashed:
+    """The errors that greenlets died of, which gevent would have printed; take what the test expects."""
+    return _observed[1]
+
+
+# Real servers, one of each for the whole run, started when a test first asks for it; each test finds it running.
+
+
+@pytest.fixture(scope="session")
+def _peers() -> Iterator[Path]:
+    with peer_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def _valkey(_peers: Path) -> Iterator[Valkey]:
+    with Valkey(_peers) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _postgres(_peers: Path) -> Iterator[Postgres]:
+    with Postgres(_peers) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _nginx(_peers: Path) -> Iterator[Nginx]:
+    with Nginx(_peers) as server:
+        yield server
+
+
+@pytest.fixture
+def valkey(_valkey: Valkey) -> Valkey:
+    """A Valkey server."""
+    _valkey.recover()
+    return _valkey
+
+
+@pytest.fixture
+def postgres(_postgres: Postgres) -> Postgres:
+    """A PostgreSQL server."""
+    _postgres.recover()
+    return _postgres
+
+
+@pytest.fixture
+def nginx(_nginx: Nginx) -> Nginx:
+    """An nginx server, over TCP and TLS."""
+    _nginx.recover()
+    return _nginx
