@@ -3,8 +3,8 @@
 It carries out what `core` decides. Whatever waits, wakes or spawns goes through the five primitives at the end of
 `BlockingPool`; a runtime supplies them (`pool.py` is gevent's).
 
-How it copes with being killed at any moment: a borrower only ever stands in the queue, so a kill has nothing to undo but
-a place there. What may block halfway, `open()` and `close()`, runs in greenlets of the pool's own, which nobody
+How it copes with being killed at any moment: a borrower only ever stands in the queue, so a kill has nothing to undo
+but a place there. What may block halfway, `open()` and `close()`, runs in greenlets of the pool's own, which nobody
 interrupts. What must run in the borrower, `check()` and `reset()`, costs the connection if it is interrupted.
 """
 
@@ -92,7 +92,17 @@ class BlockingPool(Core[C]):
     #: Seconds that a connection's ``close()`` may take before its slot is free all the same.
     close_grace: ClassVar[float] = 10.0
 
-    _running = False
+    __slots__ = (
+        "__weakref__",
+        "_acquire_timeout",
+        "_check_after_idle",
+        "_discard_on",
+        "_factory",
+        "_name",
+        "_operations",
+        "_options",
+        "_upkeep",
+    )
 
     def __init__(
         self,
@@ -155,7 +165,6 @@ class BlockingPool(Core[C]):
         self._discard_on = discard_on
 
         self._settle_in()
-        self._running = True
         self._upkeep: list[object] = []
         if check_after_idle is not None and not always_check:
             # Twice in that time, so that none idles longer between two ticks even when a tick is late.
@@ -295,12 +304,12 @@ class BlockingPool(Core[C]):
 
     def __del__(self) -> None:
         # Called by the collector, in any thread and in the middle of anything: nothing here may wait.
-        if self._running and not sys.is_finalizing():
+        if hasattr(self, "_upkeep") and not sys.is_finalizing():
             self._shut(wait=False)
 
     def __repr__(self) -> str:
-        if not self._running:
-            return f"<{type(self).__name__}, not initialised>"
+        if not hasattr(self, "_upkeep"):
+            return f"<{type(self).__name__} that was refused>"
         state = "closed" if self._closed else f"max {self._max_connections}"
         return (
             f"<{self._label}: {self.idle} idle, {self.in_use} in use, {self._dialling} opening, "

@@ -3,11 +3,11 @@
 The rules of this file:
 
 1. Every decision is made here: who gets which connection, who waits, when to dial, what to close.
-2. Nothing here blocks, dials, closes, logs, reads a clock or calls user code. So no greenlet can switch in the middle of
-   a decision, and gevent needs no lock; threads put one lock around each call.
-3. A permit to dial, and a place in the queue, is redeemed exactly once, on every path, a kill included: each `permit` and
-   `permit_unasked` by one `opened` or `failed`; each `Place` by what it was granted or by `abandon`; each `retire` by one
-   `freed`.
+2. Nothing here blocks, dials, closes, logs, reads a clock or calls user code. So no greenlet can switch in the middle
+   of a decision, and gevent needs no lock; threads put one lock around each call.
+3. A permit to dial, and a place in the queue, is redeemed exactly once, on every path, a kill included: each `permit`
+   and `permit_unasked` by one `opened` or `failed`; each `Place` by what it was granted or by `abandon`; each `retire`
+   by one `freed`.
 4. It returns plain values and identity sentinels, never a decision object made for the occasion.
 
 What holds between any two calls (`Core.faults` says which of these is broken; the tests ask it after every step):
@@ -91,6 +91,33 @@ class Place(Generic[C]):
 class Core(Generic[C]):
     """The state of a pool and all that may happen to it."""
 
+    # So many attributes that without slots CPython would no longer look them up at a fixed offset.
+    __slots__ = (
+        "_always_cold",
+        "_claimed",
+        "_closed",
+        "_closed_for",
+        "_closing",
+        "_cold",
+        "_dialled",
+        "_dialling",
+        "_exhausted",
+        "_fifo",
+        "_lane_in",
+        "_lane_out",
+        "_last_error",
+        "_max_connecting",
+        "_max_connections",
+        "_max_waiting",
+        "_members",
+        "_open_failures",
+        "_opened",
+        "_resets",
+        "_retired_uses",
+        "_undialled",
+        "_warm",
+    )
+
     def __init__(
         self,
         max_connections: int,
@@ -107,7 +134,7 @@ class Core(Generic[C]):
         self._always_cold = always_cold
 
         self._members: dict[int, Member[C]] = {}  # by identity: user classes may define __eq__ or __hash__ as they like
-        self._warm: list[Member[C]] | deque[Member[C]] = deque() if fifo else []
+        self._warm: deque[Member[C]] = deque()
         self._cold: OrderedDict[Member[C], None] = OrderedDict()
         # All waiters in the order in which they came: first those for whom a dial was started, then those without.
         self._dialled: OrderedDict[Place[C], None] = OrderedDict()
@@ -134,9 +161,8 @@ class Core(Generic[C]):
     def _set_lanes(self) -> None:
         busy = self._dialled or self._undialled or self._resets or self._closed or self._always_cold
         self._lane_in: dict[int, Member[C]] = {} if busy else self._members
-        self._lane_out: list[Member[C]] = (
-            self._warm if isinstance(self._warm, list) and not self._always_cold and not self._closed else []
-        )
+        shut = self._fifo or self._always_cold or self._closed
+        self._lane_out: deque[Member[C]] = deque() if shut else self._warm
 
     def expect_resets(self) -> None:
         """From now on every release passes through `give`."""
@@ -303,8 +329,8 @@ class Core(Generic[C]):
         self._set_lanes()
         return idle, places
 
-    # Idle connections. `_warm` holds those touched since the last `cool`, `_cold` the older ones. So a tick now and then
-    # tells which have idled for a while, and neither acquire nor release reads a clock.
+    # Idle connections. `_warm` holds those touched since the last `cool`, `_cold` the older ones. So a tick now and
+    # then tells which have idled for a while, and neither acquire nor release reads a clock.
 
     def cool(self) -> None:
         """Whatever is idle now has idled for a while if nobody has touched it by the next call."""
@@ -335,7 +361,7 @@ class Core(Generic[C]):
         if self._fifo:
             if self._cold:
                 return self._cold.popitem(last=False)[0]
-            return self._warm.popleft() if isinstance(self._warm, deque) and self._warm else None
+            return self._warm.popleft() if self._warm else None
         if self._warm:
             return self._warm.pop()
         return self._cold.popitem()[0] if self._cold else None

@@ -25,6 +25,8 @@ _thread = get_original("_thread", "get_ident")
 class Pool(BlockingPool[C]):
     """A pool of connections for the greenlets of one thread."""
 
+    __slots__ = ("_home", "_hub")
+
     def _settle_in(self) -> None:
         self._hub = get_hub()
         self._home = _thread()

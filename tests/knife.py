@@ -1,8 +1,8 @@
 """Kill a greenlet at exactly one of its switch points.
 
-A switch point is a place where a greenlet hands over to the hub. `Knife` counts them in one victim, and at the chosen one
-either strikes while the victim is asleep, so that nothing has answered it yet, or in the moment in which it is woken,
-so that the answer (a grant, an open socket, a reply) and the kill arrive together.
+A switch point is a place where a greenlet hands over to the hub. `Knife` counts them in one victim, and at the chosen
+one either strikes while the victim is asleep, so that nothing has answered it yet, or in the moment in which it is
+woken, so that the answer (a grant, an open socket, a reply) and the kill arrive together.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ class SlowToOpen(Line):
 class SlowToClose(Line):
     def close(self) -> None:
         self.world.aim("close")
-        gevent.sleep(0)
         try:
+            gevent.sleep(0)
             gevent.sleep(0)
         finally:
             super().close()
@@ -87,8 +87,9 @@ class World:
         kind = type(kind.__name__, (kind,), {"world": self})
         tls: dict[str, Any] = {"tls": AUTHORITY.client_context()} if server._tls else {}
         settings: dict[str, Any] = {"max_connections": CAP, **options}
-        self.make = lambda **more: Pool(kind, {"host": "127.0.0.1", "port": server.port, **tls}, **{**settings, **more})
-        self.pool: Pool[Any] = self.make()
+        address = {"host": "127.0.0.1", "port": server.port, **tls}
+        self.make: Callable[..., Pool[Any]] = lambda **more: Pool(kind, address, **{**settings, **more})
+        self.pool = self.make()
         self.asked = 0
 
     def aim(self, doing: str) -> None:
@@ -208,7 +209,7 @@ SCENARIOS: dict[str, tuple[Scenario, type[Line], str, dict[str, Any], int]] = {
     "a dial without a bystander": (by_with, SlowToOpen, "open", {"max_connecting": 1}, 0),
     "a close": (dropping, SlowToClose, "close", {}, 2),
 }
-TLS_SCENARIOS = {
+TLS_SCENARIOS: dict[str, tuple[Scenario, type[Line], str, dict[str, Any], int]] = {
     "a borrower during a TLS handshake": (by_with, SlowToOpen, "borrow", {}, 1),
     "a dial during its TLS handshake": (by_with, SlowToOpen, "open", {}, 1),
 }
@@ -272,4 +273,4 @@ def test_g1_g2_g3_g4_a_kill_at_any_switch_point_costs_nobody_else_anything(
             raise AssertionError(f"{name}: {thrown} at switch point {point} of {count.points}, {when}") from error
         strikes += knife.struck
     assert strikes == count.points
-    logged.take(0)  # a dial or a close that was killed may have been logged, once each
+    assert len(logged.take()) <= strikes  # G12: a dial or a close that was killed is logged once
