@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from gsocketpool.connection import Connection, TcpConnection, UnixConnection, Wrap, wrap
+from gsocketpool.connection import (
+    Connection,
+    EndOfStreamError,
+    LimitExceededError,
+    StreamConnection,
+    TcpConnection,
+    UnixConnection,
+    Wrap,
+    wrap,
+)
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 from gsocketpool.pool import Pool
 from gsocketpool.stats import PoolStats
@@ -12,11 +21,14 @@ __version__ = "1.0.0"
 __all__ = [
     "Connection",
     "ConnectionNotFoundError",
+    "EndOfStreamError",
+    "LimitExceededError",
     "Pool",
     "PoolClosedError",
     "PoolError",
     "PoolExhaustedError",
     "PoolStats",
+    "StreamConnection",
     "TcpConnection",
     "UnixConnection",
     "Wrap",

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["seconds", "whole_number"]
+__all__ = ["is_int", "seconds", "whole_number"]
 
 
-def whole_number(name: str, value: object, least: int = 0) -> int:
-    """A whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
+def is_int(value: object) -> bool:
+    """Whether it is an int: a bool is none here."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole_number(name: str, value: int, least: int = 0) -> int:
+    """An int of at least `least`."""
+    if not is_int(value):
+        raise TypeError(f"{name} must be an int, not {value!r}")
     if value < least:
-        raise ValueError(f"{name} must be {least} or more, not {value}")
+        raise ValueError(f"{name} must be at least {least}, not {value}")
     return value
 
 
-def seconds(name: str, value: object, *, zero: bool) -> float:
-    """A finite number of seconds: more than zero, or zero too where `zero` says so."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def seconds(name: str, value: float, *, zero: bool) -> float:
+    """A finite number of seconds: above zero, or zero too where `zero` says so."""
+    if not (is_int(value) or isinstance(value, float)):
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(
-            f"{name} must be a number of seconds, {'zero' if zero else 'more than zero'}"
-            f"{' or more' if zero else ''}, not {value}"
-        )
-    return float(value)
+        raise ValueError(f"{name} must be {'0 or more' if zero else 'more than 0'} seconds, not {value!r}")
+    return value

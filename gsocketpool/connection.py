@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import math
 import os
 import socket
 from collections.abc import Callable
@@ -21,6 +20,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from gsocketpool.arguments import is_int, seconds, whole_number
 
 if TYPE_CHECKING:
     # At run time only where TLS is used: gevent's monkey patching warns of an `ssl` that is in use already.
@@ -201,9 +202,11 @@ class StreamConnection(Connection):
     _endpoint: str  # the peer's name in errors
 
     def __init__(self, lifetime: float | None, timeout: float | None, connect_timeout: float | None) -> None:
-        self._lifetime = _seconds("lifetime", lifetime)
-        self._timeout = _seconds("timeout", timeout, zero_is_none=True)  # as in gsocketpool 0.1.6
-        self._connect_timeout = _seconds("connect_timeout", connect_timeout)
+        self._lifetime = None if lifetime is None else seconds("lifetime", lifetime, zero=True)
+        self._timeout = None if timeout is None else seconds("timeout", timeout, zero=True) or None  # 0 as in 0.1.6
+        self._connect_timeout = (
+            None if connect_timeout is None else seconds("connect_timeout", connect_timeout, zero=False)
+        )
         self._sock: _Socket | None = None
         self._tls: ssl.SSLSocket | None = None  # the same socket, if TLS runs on it
         self._buffer = bytearray()  # came after a separator, and nobody has asked for it yet
@@ -347,7 +350,7 @@ class StreamConnection(Connection):
         :raises TimeoutError: if nothing came for ``timeout`` seconds.
         :raises ConnectionError: if the connection is not open, or broken.
         """
-        _check_count("size", size, 1)
+        whole_number("size", size, 1)
         if self._buffer:
             return self._take(size)
         return self._receive(size)
@@ -362,7 +365,7 @@ class StreamConnection(Connection):
         :raises TimeoutError: if nothing came for ``timeout`` seconds.
         :raises ConnectionError: if the connection is not open, or broken.
         """
-        _check_count("n", n, 0)
+        whole_number("n", n, 0)
         if self._sock is None:
             raise self._not_open()
         buffer = self._buffer
@@ -392,7 +395,7 @@ class StreamConnection(Connection):
             raise TypeError(f"sep must be bytes, not {sep!r}")
         if not sep:
             raise ValueError("sep must not be empty")
-        _check_count("limit", limit, 1)
+        whole_number("limit", limit, 1)
         if self._sock is None:
             raise self._not_open()
         buffer = self._buffer
@@ -744,27 +747,6 @@ def _shake_hands(tls: ssl.SSLSocket, deadline: float | None) -> None:
 # Values
 
 
-def _seconds(name: str, value: float | None, zero_is_none: bool = False) -> float | None:
-    if value is None or (zero_is_none and value == 0 and not isinstance(value, bool)):
-        return None
-    if not (_is_int(value) or isinstance(value, float)):
-        raise TypeError(f"{name} must be a number of seconds or None, not {value!r}")
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} must be a number of seconds above 0, or None, not {value!r}")
-    return value
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not _is_int(value):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value!r}")
-
-
 def _host(name: str, value: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, not {value!r}")
@@ -778,7 +760,7 @@ def _host(name: str, value: str) -> str:
 
 
 def _port(name: str, value: int) -> int:
-    if not _is_int(value):
+    if not is_int(value):
         raise TypeError(f"{name} must be an int from 0 to 65535, not {value!r}")
     if not 0 <= value <= 65535:
         raise ValueError(f"{name} must be an int from 0 to 65535, not {value!r}")
@@ -806,7 +788,7 @@ def _keepalive_options(value: bool | int | tuple[int, int, int] | None) -> list[
         return options
     takes = "tcp_keepalive must be None, True, False, whole seconds, or a tuple (silent, between, probes) of ints"
     numbers: tuple[Any, ...] = value if isinstance(value, tuple) else (value, value)
-    if not all(map(_is_int, numbers)) or len(numbers) != (3 if numbers is value else 2):
+    if not all(map(is_int, numbers)) or len(numbers) != (3 if numbers is value else 2):
         raise TypeError(f"{takes}, not {value!r}")
     silent = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE"  # macOS' name for it
     most = {silent: 32767, "TCP_KEEPINTVL": 32767, "TCP_KEEPCNT": 127}  # Linux takes no more

@@ -23,7 +23,46 @@ _thread = get_original("_thread", "get_ident")
 
 
 class Pool(BlockingPool[C]):
-    """A pool of connections for the greenlets of one thread."""
+    """A pool of connections for the greenlets of one thread.
+
+    Borrow with :meth:`connection` (a ``with`` block) or with :meth:`acquire` and :meth:`release`. A connection is
+    opened when somebody asks for one and none is idle, up to `max_connections`; after that, borrowers wait in line.
+
+    The parameters up to `reap_interval` are those of gsocketpool 0.1.6 and can be given by position; the others are
+    new, by keyword only. Times are seconds, ``int`` or ``float``. Nothing is opened before all of them have been
+    looked at.
+
+    :param factory: makes a connection: a :class:`~gsocketpool.Connection` class, any callable that returns a new
+        :class:`~gsocketpool.Connection` each time, or what :func:`~gsocketpool.wrap` returns for other objects.
+    :param options: keyword arguments for `factory`; a copy is kept.
+    :param initial_connections: opened before the constructor returns, side by side. If one fails, the others are
+        closed and its error is raised.
+    :param max_connections: most sockets at any time. A dial under way counts, and so does a close until it is done.
+    :param reap_expired_connections: whether to call :meth:`drop_expired` every `reap_interval`.
+    :param reap_interval: seconds between two such calls.
+    :param name: what logs, errors and ``repr()`` call this pool; None: the factory's name.
+    :param acquire_timeout: seconds for one acquire, its dial included, where the call gives no `timeout` of its own.
+        None: the rule of 0.1.6, see :meth:`acquire`.
+    :param check_after_idle: call ``check()`` before lending a connection that idled longer than this; 0 each time,
+        None never. A tick of the hub twice in that time tells who idled, so no clock is read when one is lent. The
+        check may come somewhat early, and comes late if a greenlet that does not yield holds up the hub. The idea and
+        the half second are HikariCP's.
+    :param discard_on: an exception class, or a tuple of them. When one leaves the ``with`` block, the connection is
+        closed instead of lent again. What is no :exc:`Exception` (a kill, a ``gevent.Timeout``) discards in any case.
+        The default discards on every exception; narrow it where errors leave your protocol in a known state.
+    :param max_connecting: most dials at once, as in PyMongo. Why 8: how many dials a server bears has nothing to do
+        with the cores of its client. 8 hide the round trips of a cold start, and are no storm.
+    :param max_waiting: once this many wait for a connection to come back, the next acquire fails at once. Waiters
+        for whom there is room to dial do not count. None: no limit.
+    :param order: which idle connection is lent: ``"lifo"``, the one used last, so that surplus ones grow old and can
+        go; or ``"fifo"``, the one that idled longest, so that all are used in turn.
+    :raises TypeError: a parameter has the wrong type; the message names it and says what it takes.
+    :raises ValueError: a parameter has a wrong value; likewise.
+    :raises Exception: whatever the dial of an initial connection raised.
+
+    A pool that nobody refers to any more closes itself. Calls from another thread raise
+    :exc:`~gsocketpool.PoolError` as soon as they would have to wait: make one pool in each thread.
+    """
 
     __slots__ = ("_home", "_hub")
 
