@@ -71,7 +71,7 @@ def demo(
     failures = report.failures()
     errors = Console(stderr=True, highlight=False)
     for failure in failures:
-        errors.print("FAILED:", failure, style="bold red", markup=False)
+        errors.print("FAILED:", failure, style="bold red", markup=False, soft_wrap=True)
     if failures:
         sys.exit(1)
     console.print()
@@ -132,7 +132,9 @@ def _table(report: Report) -> Table:
         "all answered" if report.answered == plan.requests else f"{report.answered:,} answered rightly",
         bad=report.answered != plan.requests,
     )
-    row("throughput", f"{len(report.latencies) / report.seconds:,.0f}", f"requests a second, for {report.seconds:.1f} s")
+    row(
+        "throughput", f"{len(report.latencies) / report.seconds:,.0f}", f"requests a second, for {report.seconds:.1f} s"
+    )
     row("latency p50", _ms(quantile(report.latencies, 0.5)), "from request to reply")
     row("latency p99", _ms(quantile(report.latencies, 0.99)))
     row("usual wait", _ms(quantile(report.waits, 0.5)), "for a connection (p50)")
@@ -146,7 +148,11 @@ def _table(report: Report) -> Table:
         bad=report.most_sockets > plan.connections,
     )
     table.add_section()
-    row("killed", f"{report.killed_working:,}", f"in the middle of a request, and {report.killed_waiting:,} in the queue")
+    row(
+        "killed",
+        f"{report.killed_working:,}",
+        f"in the middle of a request, and {report.killed_waiting:,} in the queue",
+    )
     row("wrong replies", f"{report.wrong:,}", bad=report.wrong > 0)
     row("errors", f"{len(report.errors):,}", bad=bool(report.errors))
     row(

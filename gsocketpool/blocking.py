@@ -336,10 +336,11 @@ class BlockingPool(Core[C]):
     def _acquire(self, holder: object, retry: int, retried: int, timeout: float | EllipsisType | None) -> Member[C]:
         limit, lenient = self._limit(retry, retried, timeout)
         started = monotonic()
+        deadline = None if limit is None else started + limit
         while True:
             found = self.take(wait=lenient or limit != 0)
             if isinstance(found, Place):
-                found = self._wait(found, started, limit, lenient)
+                found = self._wait(found, deadline, lenient, started)
             if isinstance(found, Member):
                 if found.cold and not self._passes_check(found):
                     continue
@@ -351,24 +352,25 @@ class BlockingPool(Core[C]):
 
     def _limit(self, retry: int, retried: int, timeout: float | EllipsisType | None) -> tuple[float | None, bool]:
         """How long an acquire may take, and whether a dial may take longer (0.1.6's rule)."""
-        whole_number("retry", retry)
-        whole_number("retried", retried)
         if timeout is None:
             return None, False
         if not isinstance(timeout, EllipsisType):
             return seconds("timeout", timeout, zero=True), False
         if self._acquire_timeout is not None:
             return self._acquire_timeout, False
-        return max(0, retry - retried) * 0.1, True
+        if retry == 10 and retried == 0:
+            return 1.0, True
+        return max(0, whole_number("retry", retry) - whole_number("retried", retried)) * 0.1, True
 
-    def _wait(self, place: Place[C], started: float, limit: float | None, lenient: bool) -> Member[C]:
+    def _wait(self, place: Place[C], deadline: float | None, lenient: bool, started: float) -> Member[C]:
         try:
-            self._start_dials()
+            if place.reserved:
+                self._start_dials()
             while place.member is None and place.error is None:
-                if limit is None or (lenient and place.reserved):
+                if deadline is None or (lenient and place.reserved):
                     self._park(place, None)
                     continue
-                left = started + limit - monotonic()
+                left = deadline - monotonic()
                 if left <= 0:
                     break
                 self._park(place, left)
@@ -434,10 +436,10 @@ class BlockingPool(Core[C]):
                 f"{self._label} has lent this connection to nobody (released twice?): {_describe(connection)}"
             )
         error = exception()
-        if error is None or isinstance(error, Exception):
-            self._return(member)
-        else:
+        if error is not None and not isinstance(error, Exception):
             self._discard(member)
+        else:
+            self._return(member)
 
     def _return(self, member: Member[C]) -> None:
         """Reset it where that is wanted, then give it back."""
@@ -462,10 +464,10 @@ class BlockingPool(Core[C]):
 
     def _settle(self, outcome: Place[C] | Sentinel | None, connection: C) -> None:
         """Carry out what `give`, `opened` or `inspected` answered."""
-        if outcome is RETIRED:
-            self._close_all([connection], wait=False)
-        elif isinstance(outcome, Place):
+        if isinstance(outcome, Place):
             self._wake(outcome)
+        elif outcome is RETIRED:
+            self._close_all([connection], wait=False)
 
     # Dials
 

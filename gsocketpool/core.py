@@ -23,7 +23,7 @@ What holds between any two calls (`Core.faults` says which of these is broken; t
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 __all__ = ["BY_HAND", "CLOSED", "EXHAUSTED", "INSPECTED", "REASONS", "RETIRED", "RETURNING", "Core", "Member", "Place"]
 
@@ -85,7 +85,7 @@ class Place(Generic[C]):
         self.member: Member[C] | None = None
         self.error: BaseException | None = None
         self.reserved = reserved
-        self.waiter: object = None
+        self.waiter: Any = None
 
 
 class Core(Generic[C]):
@@ -176,20 +176,21 @@ class Core(Generic[C]):
         """An idle member; else a place in the queue; `CLOSED`; or `EXHAUSTED` where it may not wait."""
         if self._closed:
             return CLOSED
-        member = self._pop_idle()
-        if member is not None:
+        if self._warm or self._cold:
+            member = self._pop_idle()
             member.uses += 1
             member.holder = BY_HAND
             return member
         if not wait:
             return EXHAUSTED
-        room = max(0, self._max_connections - self.total)
-        ahead = len(self._undialled)
-        place: Place[C] = Place(reserved=ahead < room)
-        if not place.reserved and self._max_waiting is not None and ahead - room >= self._max_waiting:
+        queue = self._undialled
+        room = self._max_connections - len(self._members) - self._dialling - self._closing  # less `total`
+        reserved = len(queue) < room
+        if self._max_waiting is not None and not reserved and len(queue) - max(0, room) >= self._max_waiting:
             return EXHAUSTED
-        first = not self.waiting
-        self._undialled[place] = None
+        place: Place[C] = Place(reserved)
+        first = not queue and not self._dialled
+        queue[place] = None
         if first:
             self._set_lanes()
         return place
@@ -200,10 +201,20 @@ class Core(Generic[C]):
         if self._closed:
             self.retire(member, "closed")
             return RETIRED
-        if self.waiting:
-            return self._grant(member)
-        self._put_idle(member)
-        return None
+        queue = self._dialled or self._undialled
+        if not queue:
+            member.holder = None
+            member.cold = self._always_cold
+            self._warm.append(member)
+            return None
+        place, _ = queue.popitem(last=False)
+        place.member = member
+        member.holder = place
+        member.uses += 1
+        member.cold = False
+        if not queue and not self.waiting:
+            self._set_lanes()
+        return place
 
     def abandon(self, place: Place[C]) -> Member[C] | None:
         """Leave the queue. Answers what was granted in the meantime and must now be used or given back."""
@@ -296,9 +307,10 @@ class Core(Generic[C]):
         elif isinstance(place, Place):
             member.uses -= 1
             place.member = None
-            other = self._pop_idle()
-            if other is not None:
-                self._hand(other, place)
+            if self.idle:
+                place.member = other = self._pop_idle()
+                other.holder = place
+                other.uses += 1
             elif not self._closed:
                 self._requeue(place)
         connection = member.connection
@@ -319,7 +331,8 @@ class Core(Generic[C]):
         """Close the pool. Answers the connections that idled and must be closed, and the places that must be told."""
         self._closed = True
         idle = []
-        while (member := self._pop_idle()) is not None:
+        while self.idle:
+            member = self._pop_idle()
             member.holder = BY_HAND
             idle.append(member.connection)
             self.retire(member, "closed")
@@ -357,19 +370,10 @@ class Core(Generic[C]):
         self._cold[member] = None
         return None
 
-    def _pop_idle(self) -> Member[C] | None:
+    def _pop_idle(self) -> Member[C]:
         if self._fifo:
-            if self._cold:
-                return self._cold.popitem(last=False)[0]
-            return self._warm.popleft() if self._warm else None
-        if self._warm:
-            return self._warm.pop()
-        return self._cold.popitem()[0] if self._cold else None
-
-    def _put_idle(self, member: Member[C]) -> None:
-        member.holder = None
-        member.cold = self._always_cold
-        self._warm.append(member)
+            return self._cold.popitem(last=False)[0] if self._cold else self._warm.popleft()
+        return self._warm.pop() if self._warm else self._cold.popitem()[0]
 
     def _remove_idle(self, member: Member[C]) -> None:
         if member not in self._cold:
@@ -377,20 +381,6 @@ class Core(Generic[C]):
         del self._cold[member]
 
     # Waiters
-
-    def _grant(self, member: Member[C]) -> Place[C]:
-        place, _ = (self._dialled or self._undialled).popitem(last=False)
-        member.cold = False
-        self._hand(member, place)
-        self._balance()
-        if not self.waiting:
-            self._set_lanes()
-        return place
-
-    def _hand(self, member: Member[C], place: Place[C]) -> None:
-        place.member = member
-        member.holder = place
-        member.uses += 1
 
     def _requeue(self, place: Place[C]) -> None:
         queue = self._dialled or self._undialled

@@ -55,7 +55,7 @@ class Report:
 
     :ivar answered: requests that got the right reply.
     :ivar wrong: replies to somebody else's request.
-    :ivar errors: what else was raised in a borrower.
+    :ivar errors: what else went wrong in borrowers, or in the pool.
     :ivar seconds: how long all requests took.
     :ivar latencies: of each request, from sending it to its reply.
     :ivar waits: of each request, for a connection.
@@ -93,7 +93,8 @@ class Report:
         if self.wrong:
             found.append(f"{self.wrong:,} of {plan.requests:,} requests got the reply to another one")
         if self.errors:
-            found.append(f"{len(self.errors):,} errors in borrowers, the first of them: {self.errors[0]}")
+            others = f" (and {len(self.errors) - 1:,} errors more)" if len(self.errors) > 1 else ""
+            found.append(f"{self.errors[0]}{others}")
         if self.answered != plan.requests and not (self.wrong or self.errors):
             found.append(f"only {self.answered:,} of {plan.requests:,} requests were answered")
         if self.slots_lost:
@@ -177,7 +178,8 @@ class Demo:
         return report
 
     def _borrow(self) -> None:
-        """Send one request after the other, until there are no more. If it is killed, its request is still to be sent."""
+        """Send one request after the other, until there are no more. The request of one that is killed is still to be
+        sent."""
         while self._todo:
             number = self._todo.popleft()
             try:
@@ -248,7 +250,9 @@ class Demo:
             except Exception as error:
                 self.report.errors.append(f"when all was over, {type(error).__name__}: {error}")
 
-        gevent.joinall([gevent.spawn(borrow, number) for number in range(wanted)])
+        borrowers = [gevent.spawn(borrow, number) for number in range(wanted)]
+        gevent.joinall(borrowers, PATIENCE)
+        gevent.killall(borrowers)
         return most
 
 
@@ -283,7 +287,8 @@ class EchoServer:
     @property
     def port(self) -> int:
         """Where it listens."""
-        return int(self._server.server_port)
+        port: int = self._server.socket.getsockname()[1]
+        return port
 
     def _serve(self, sock: Any, address: object) -> None:
         self._open += 1

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import gevent
 from gevent import get_hub, getcurrent
 from gevent.monkey import get_original
-from greenlet import greenlet
 
 from gsocketpool.blocking import BlockingPool
 from gsocketpool.core import Place
@@ -90,7 +89,6 @@ class Pool(BlockingPool[C]):
                 hub.switch()
             finally:
                 place.waiter = None
-                timer.stop()
                 timer.close()
 
     def _wake(self, place: Place[C]) -> None:
@@ -120,7 +118,7 @@ class Pool(BlockingPool[C]):
 def _resume(place: Place[Any]) -> None:
     """Called by the hub, and only by the hub: switch into whoever still waits there."""
     waiter = place.waiter
-    if isinstance(waiter, greenlet):
+    if waiter is not None:
         place.waiter = None
         waiter.switch()
 
