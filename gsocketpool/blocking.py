@@ -203,7 +203,7 @@ class BlockingPool(Core[C]):
             return member.connection
         return self._acquire(BY_HAND, retry, retried, timeout).connection
 
-    def release(self, connection: C) -> None:
+    def release(self, conn: C) -> None:
         """Give back what :meth:`acquire` returned.
 
         If it is called while a kill, a ``gevent.Timeout`` or another exception that is no :exc:`Exception` passes
@@ -212,9 +212,9 @@ class BlockingPool(Core[C]):
 
         :raises ConnectionNotFoundError: it is not in use, or not this pool's.
         """
-        member = self._lane_in.get(id(connection))
+        member = self._lane_in.get(id(conn))
         if member is None or member.holder is not BY_HAND or exception() is not None:
-            self._release(connection)
+            self._release(conn)
         else:
             member.holder = None
             self._warm.append(member)
@@ -229,18 +229,18 @@ class BlockingPool(Core[C]):
         """
         return Lease(self, timeout)
 
-    def drop(self, connection: C) -> None:
+    def drop(self, conn: C) -> None:
         """Remove a connection, idle or borrowed, and close it. Returns when it is closed.
 
         :raises ConnectionNotFoundError: it is not this pool's.
         """
-        member = self._members.get(id(connection))
+        member = self._members.get(id(conn))
         if member is None:
-            raise ConnectionNotFoundError(f"{self._label} has no such connection: {_describe(connection)}")
+            raise ConnectionNotFoundError(f"{self._label} has no such connection: {_describe(conn)}")
         granted_to = self.retire(member, "dropped")
         if granted_to is not None:
             self._tell_closed(granted_to)
-        self._close_all([connection], wait=True)
+        self._close_all([conn], wait=True)
 
     def drop_expired(self) -> None:
         """Close the idle connections whose ``is_expired()`` is true. The reaper does so every `reap_interval`."""
@@ -413,7 +413,7 @@ class BlockingPool(Core[C]):
         stats = self.stats()
         waited = monotonic() - started
         text = (
-            f"{self._label} has no connection to lend after {waited:.3g} s: {stats.in_use} of at most "
+            f"{self._label} has no connection to lend after {waited:.3f} s: {stats.in_use} of at most "
             f"{stats.max_connections} in use, {stats.idle} idle, {stats.opening} opening, {stats.waiting} waiting"
         )
         if self._max_waiting is not None:

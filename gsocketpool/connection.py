@@ -120,8 +120,7 @@ class Connection:
     def keepalive(self) -> bool:
         """Make sure that neither the peer nor anything on the way gives the connection up: by default :meth:`check`.
 
-        A pool calls it on idle connections, every ``keepalive`` seconds. False or an exception discards the
-        connection.
+        Made for idle connections: False or an exception is to discard the connection. No pool of this release calls it.
         """
         return self.check()
 
@@ -178,8 +177,8 @@ def wrap(
     :param close: called with the object when its time is over. By default its own ``close()``.
     :param check: called with an object that idled; says whether it can be lent. Must not block. None: it can.
     :param reset: called with an object that was given back; an exception discards the object. None: nothing to do.
-    :param keepalive: called with idle objects, every ``keepalive`` seconds of the pool; False or an exception discards
-        the object. None: ``check``.
+    :param keepalive: made for idle objects: False or an exception is to discard the object. None: ``check``. No pool of
+        this release calls it.
     :raises TypeError: if one of them cannot be called.
     """
     return Wrap(open, close, check, reset, keepalive)

@@ -63,7 +63,7 @@ class Pool(BlockingPool[C]):
     :exc:`~gsocketpool.PoolError` as soon as they would have to wait: make one pool in each thread.
     """
 
-    __slots__ = ("_home", "_hub")
+    __slots__ = ("__dict__", "_home", "_hub")
 
     def _settle_in(self) -> None:
         self._hub = get_hub()
@@ -73,8 +73,8 @@ class Pool(BlockingPool[C]):
         hub = get_hub()
         if hub is not self._hub:
             raise PoolError(
-                f"{self._label} was made in another thread; a gevent pool serves the greenlets of one thread only: "
-                "make one in each, or use gsocketpool.threading.Pool"
+                f"{self._label} was made in another thread, and serves the greenlets of that thread only: "
+                "make one in each thread"
             )
         place.waiter = getcurrent()
         if limit is None:

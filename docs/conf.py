@@ -1,0 +1,33 @@
+"""Sphinx's settings. Build with ``make docs``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import gsocketpool
+
+project = "gsocketpool"
+author = "the gsocketpool authors"
+copyright = "2026, the gsocketpool authors"
+release = version = gsocketpool.__version__
+
+extensions = ["sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+default_role = "code"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+add_module_names = False
+
+# Every name of our own must lead somewhere. Other projects' would need their inventories, from the network.
+nitpicky = True
+nitpick_ignore_regex = [(r"py:.*", r"(?!gsocketpool\.).*"), (r"py:.*", r"gsocketpool\.(blocking\..*|\w+\.C)")]
+
+html_theme = "furo"
+html_title = f"gsocketpool {release}"
+html_show_sphinx = False
+html_copy_source = False

@@ -1,0 +1,135 @@
+"""What the documents show works: every example is run, and what they claim of tests and names is looked up."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sybil import Sybil
+from sybil.parsers.rest import DocTestParser, PythonCodeBlockParser
+
+import gsocketpool
+from gsocketpool.blocking import BlockingPool
+
+from .peers import Postgres
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.rst", ROOT / "CHANGES.rst", ROOT / "CONTRIBUTING.rst", *sorted((ROOT / "docs").glob("*.rst"))]
+SYBIL = Sybil(parsers=[PythonCodeBlockParser(), DocTestParser(doctest.ELLIPSIS)])
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_example_of_a_page_runs(page: Path) -> None:
+    document = SYBIL.parse(page)
+    try:
+        for example in document.examples():
+            example.evaluate()
+    finally:
+        document.namespace.clear()
+
+
+def test_the_pages_that_teach_have_examples() -> None:
+    for name in ("README.rst", "docs/index.rst", "docs/tutorial.rst", "docs/connections.rst"):
+        assert list(SYBIL.parse(ROOT / name).examples()), name
+
+
+def run(example: str, *arguments: str) -> list[str]:
+    """The lines that an example prints; it has to end well, without a warning."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "examples" / example), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
+    return ended.stdout.splitlines()
+
+
+def test_the_echo_example_runs() -> None:
+    assert run("echo.py") == [
+        "100 replies, the last is b'hello 99'",
+        "<Pool 'echo': 10 idle, 0 in use, 0 opening, 0 waiting, max 10>",
+        "100 times lent, 10 connections opened",
+    ]
+
+
+def test_the_kill_example_runs() -> None:
+    assert run("kill.py") == ['bob gets: b"bob\'s account"', "closed since alice was interrupted: 1"]
+
+
+def test_the_line_protocol_example_runs() -> None:
+    assert run("line_protocol.py") == [
+        "key7 is 49",
+        "refused: GET: such thing",
+        "4 logins for 52 uses",
+        "0 discarded",
+    ]
+
+
+def test_the_postgres_example_runs(postgres: Postgres) -> None:
+    assert run("postgres.py", postgres.dsn) == [
+        str([number * number for number in range(20)]),
+        "20 times lent, 4 connections opened",
+    ]
+
+
+def test_no_example_file_goes_untested() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f'run("{example.name}"' in text, example.name
+
+
+@pytest.mark.parametrize("name", ["README.rst", "CHANGES.rst", "CONTRIBUTING.rst"])
+def test_a_page_that_others_render_is_plain_rest(name: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "docutils", "--report=info", "--halt=warning", str(ROOT / name), os.devnull],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
+
+
+def test_every_public_name_is_in_the_reference_and_in_the_changes() -> None:
+    reference = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGES.rst").read_text(encoding="utf-8")
+    for name in gsocketpool.__all__:
+        assert re.search(rf"^\.\. auto\w+:: gsocketpool\.{name}$", reference, re.MULTILINE), name
+        assert f"``{name}" in changes, name
+
+
+def test_every_public_method_of_the_pool_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
+    names = {name for name in vars(BlockingPool) if not name.startswith("_")} | {"size", "idle", "in_use", "waiting"}
+    for name in names:
+        assert re.search(rf"^ *\.\. auto\w+:: gsocketpool\.Pool\.{name}$", reference, re.MULTILINE), name
+
+
+def test_the_proof_of_each_guarantee_exists() -> None:
+    page = (ROOT / "docs" / "guarantees.rst").read_text(encoding="utf-8")
+    proofs = dict(re.findall(r"^G(\d+): .*?^:The proof: (.*?)\n\n", page, re.MULTILINE | re.DOTALL))
+    assert sorted(map(int, proofs)) == [*range(1, 10), 11, 12]
+    for number, proof in proofs.items():
+        files = re.findall(r"``(tests/\w+\.py)``", proof)
+        assert files, f"G{number} names no file"
+        for name in files:
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert re.search(rf"def test_(g\d+_)*g{number}_", text), f"no test_g{number}_... in {name}"
+
+
+def test_the_make_targets_that_the_pages_name_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in PAGES:
+        for target in re.findall(r"``make (\w+)``", page.read_text(encoding="utf-8")):
+            assert target in targets, f"{page.name}: make {target}"
