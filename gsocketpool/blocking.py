@@ -20,9 +20,9 @@ from types import EllipsisType, MappingProxyType, TracebackType
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from gsocketpool.arguments import seconds, whole_number
-from gsocketpool.core import BY_HAND, CLOSED, RETIRED, RETURNING, Core, Member, Place, Sentinel
+from gsocketpool.core import BY_HAND, CLOSED, NOBODY, RETIRED, RETURNING, Core, Member, Place, Sentinel
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
-from gsocketpool.operations import operations_of
+from gsocketpool.operations import describe, operations_of
 from gsocketpool.stats import PoolStats
 
 if sys.version_info >= (3, 11):
@@ -123,8 +123,10 @@ class BlockingPool(Core[C]):
     ) -> None:
         if not callable(factory):
             raise TypeError(f"factory must be a Connection class or another callable, not {factory!r}")
-        if options is not None and not isinstance(options, Mapping):
+        if options is not None and not (isinstance(options, Mapping) and all(isinstance(key, str) for key in options)):
             raise TypeError(f"options must be a mapping of the factory's keyword arguments or None, not {options!r}")
+        if reap_expired_connections not in (None, False, True):
+            raise TypeError(f"reap_expired_connections must be True or False, not {reap_expired_connections!r}")
         whole_number("max_connections", max_connections, least=1)
         whole_number("initial_connections", initial_connections)
         if initial_connections > max_connections:
@@ -196,8 +198,8 @@ class BlockingPool(Core[C]):
         :raises Exception: whatever `open()` raised in the dial that was made for this borrower.
         """
         lane = self._lane_out
-        if lane and timeout is ...:
-            member = lane.pop()
+        if lane and timeout is ... and retry == 10 and retried == 0:
+            self._latest = member = lane.pop()
             member.uses += 1
             member.holder = BY_HAND
             return member.connection
@@ -212,12 +214,16 @@ class BlockingPool(Core[C]):
 
         :raises ConnectionNotFoundError: it is not in use, or not this pool's.
         """
-        member = self._lane_in.get(id(conn))
-        if member is None or member.holder is not BY_HAND or exception() is not None:
-            self._release(conn)
-        else:
-            member.holder = None
-            self._warm.append(member)
+        lane = self._lane_in
+        if lane:
+            member = self._latest
+            if member.connection is not conn:
+                member = lane.get(id(conn), NOBODY)
+            if member.holder is BY_HAND and exception() is None:
+                member.holder = None
+                self._warm.append(member)
+                return
+        self._release(conn)
 
     def connection(self, timeout: float | EllipsisType | None = ...) -> Lease[C]:
         """A context manager that borrows a connection and gives it back.
@@ -236,7 +242,7 @@ class BlockingPool(Core[C]):
         """
         member = self._members.get(id(conn))
         if member is None:
-            raise ConnectionNotFoundError(f"{self._label} has no such connection: {_describe(conn)}")
+            raise ConnectionNotFoundError(f"{self._label} has no such connection: {describe(conn)}")
         granted_to = self.retire(member, "dropped")
         if granted_to is not None:
             self._tell_closed(granted_to)
@@ -429,11 +435,11 @@ class BlockingPool(Core[C]):
         member = self._members.get(id(connection))
         if member is None:
             raise ConnectionNotFoundError(
-                f"{self._label} has no such connection (dropped, or another pool's?): {_describe(connection)}"
+                f"{self._label} has no such connection (dropped, or another pool's?): {describe(connection)}"
             )
         if member.holder is not BY_HAND and not isinstance(member.holder, Lease):
             raise ConnectionNotFoundError(
-                f"{self._label} has lent this connection to nobody (released twice?): {_describe(connection)}"
+                f"{self._label} has lent this connection to nobody (released twice?): {describe(connection)}"
             )
         error = exception()
         if error is not None and not isinstance(error, Exception):
@@ -503,7 +509,7 @@ class BlockingPool(Core[C]):
         if self.knows(connection):
             raise PoolError(
                 f"the factory of {self._label} returned a connection that is in the pool already, "
-                f"where a new one each time is needed: {_describe(connection)}"
+                f"where a new one each time is needed: {describe(connection)}"
             )
 
     def _close_half_open(self, connection: C) -> None:
@@ -647,13 +653,11 @@ def _keep_up(
         if pool is not None and not pool.closed:
             try:
                 action(pool)
-            except Exception as error:
+            except BaseException as error:
+                if not pool._may_raise(error) or isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise
                 pool._report("upkeep failed", error)
         del pool
-
-
-def _describe(connection: object) -> str:
-    return f"<{type(connection).__name__} at {id(connection):#x}>"
 
 
 def _name_of(factory: object) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from gsocketpool.connection import Connection, Wrap
 
-__all__ = ["Functions", "Methods", "Operations", "operations_of"]
+__all__ = ["Functions", "Methods", "Operations", "describe", "operations_of"]
 
 C = TypeVar("C")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -44,7 +44,7 @@ class Methods:
     def vet(self, connection: Connection) -> None:
         if not isinstance(connection, Connection):
             raise TypeError(
-                f"the factory returned {connection!r}, which is no gsocketpool.Connection; "
+                f"the factory returned {describe(connection)}, which is no gsocketpool.Connection; "
                 "pool other objects with Pool(wrap(factory))"
             )
 
@@ -54,7 +54,7 @@ class Methods:
     def close(self, connection: Connection) -> None:
         try:
             connected = connection.is_connected()
-        except Exception:
+        except BaseException:
             connection.close()  # it may well be open
             raise
         if connected:
@@ -102,6 +102,11 @@ class Functions(Generic[C]):
 
     def resets(self, connection: C) -> bool:
         return self._wrapped.reset is not None
+
+
+def describe(connection: object) -> str:
+    """Name it without its repr, which is user code and may rely on the peer."""
+    return f"<{type(connection).__name__} at {id(connection):#x}>"
 
 
 def operations_of(factory: object) -> Operations[Any]:
