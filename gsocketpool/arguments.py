@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["is_int", "seconds", "whole_number"]
+__all__ = ["is_int", "is_seconds", "seconds", "whole_number"]
 
 
 def is_int(value: object) -> bool:
     """Whether it is an int: a bool is none here."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_seconds(value: object) -> bool:
+    """Whether it is None or a plain finite number of at least 0: a quick look, where anything else gets a slow one."""
+    return value is None or ((type(value) is float or type(value) is int) and 0 <= value < math.inf)
 
 
 def whole_number(name: str, value: int, least: int = 0) -> int:

@@ -1,6 +1,6 @@
 """The pool in blocking style: what every runtime shares whose code waits by standing still.
 
-It carries out what `core` decides. Whatever waits, wakes or spawns goes through the five primitives at the end of
+It carries out what `core` decides. Whatever waits, wakes or spawns goes through the primitives at the end of
 `BlockingPool`; a runtime supplies them (`pool.py` is gevent's).
 
 How it copes with being killed at any moment: a borrower only ever stands in the queue, so a kill has nothing to undo
@@ -16,10 +16,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from time import monotonic
-from types import EllipsisType, MappingProxyType, TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
-from gsocketpool.arguments import seconds, whole_number
+from gsocketpool.arguments import is_seconds, seconds, whole_number
 from gsocketpool.core import BY_HAND, CLOSED, NOBODY, RETIRED, RETURNING, Core, Member, Place, Sentinel
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 from gsocketpool.operations import describe, operations_of
@@ -58,14 +58,14 @@ class Lease(Generic[C]):
     def __enter__(self) -> C:
         if self._member is not None:
             raise RuntimeError("this block is entered already; call connection() again for a second connection")
-        pool = self._pool
+        pool, timeout = self._pool, self._timeout
         lane = pool._lane_out
-        if lane and self._timeout is ...:
+        if lane and (timeout is ... or is_seconds(timeout)):
             member = lane.pop()
             member.uses += 1
             member.holder = self
         else:
-            member = pool._acquire(self, 10, 0, self._timeout)
+            member = pool._acquire(self, 10, 0, timeout)
         self._member = member
         return member.connection
 
@@ -198,7 +198,7 @@ class BlockingPool(Core[C]):
         :raises Exception: whatever `open()` raised in the dial that was made for this borrower.
         """
         lane = self._lane_out
-        if lane and timeout is ... and retry == 10 and retried == 0:
+        if lane and ((timeout is ... and retry == 10 and retried == 0) or is_seconds(timeout)):
             self._latest = member = lane.pop()
             member.uses += 1
             member.holder = BY_HAND
@@ -297,7 +297,7 @@ class BlockingPool(Core[C]):
             opened=self._opened,
             open_failures=self._open_failures,
             exhausted=self._exhausted,
-            closed=MappingProxyType(dict(self._closed_for)),
+            closed=dict(self._closed_for),
         )
 
     def __enter__(self: P) -> P:
@@ -364,7 +364,7 @@ class BlockingPool(Core[C]):
             return seconds("timeout", timeout, zero=True), False
         if self._acquire_timeout is not None:
             return self._acquire_timeout, False
-        if retry == 10 and retried == 0:
+        if retry == 10 and retried == 0:  # the defaults need no looking at
             return 1.0, True
         return max(0, whole_number("retry", retry) - whole_number("retried", retried)) * 0.1, True
 
