@@ -198,7 +198,7 @@ class BlockingPool(Core[C]):
         :raises Exception: whatever `open()` raised in the dial that was made for this borrower.
         """
         lane = self._lane_out
-        if lane and ((timeout is ... and retry == 10 and retried == 0) or is_seconds(timeout)):
+        if lane and timeout is ... and retry == 10 and retried == 0:
             self._latest = member = lane.pop()
             member.uses += 1
             member.holder = BY_HAND
