@@ -186,27 +186,23 @@ def _observed(request: pytest.FixtureRequest) -> Iterator[tuple[Logged, Crashed]
 
     yield logged, crashed
 
-    def leaks() -> list[str]:
-        fds = _descriptors().items() - before.items()
-        return [
-            *(
-                f"a greenlet that still lives: {g!r}\n{''.join(traceback.format_stack(g.gr_frame))}"
-                for g in _new_greenlets()
-            ),
-            *(f"an open descriptor: {fd} -> {target}" for fd, target in sorted(fds)),
-        ]
+    def leaks() -> tuple[list[greenlet.greenlet], list[tuple[str, str]]]:
+        return _new_greenlets(), sorted(_descriptors().items() - before.items())
 
     # A test that has failed may be forgiven for what it left behind; its traceback still holds most of it.
     failed = request.node.stash.get(_failed, False)
     deadline = time.monotonic() + (0 if failed else SETTLE)
     pause = 0.0
-    while (left := leaks()) and time.monotonic() < deadline:
+    while any(leaks()) and time.monotonic() < deadline:
         gevent.sleep(pause)
         gc.collect()
         pause = min(pause * 2 or 0.001, 0.1)
-    _known_greenlets.update(_new_greenlets() if left else ())
+    greenlets, descriptors = leaks()
+    _known_greenlets.update(greenlets)
     logger.removeHandler(logged)
     del hub.handle_error
+    left = [f"a greenlet that still lives: {g!r}\n{''.join(traceback.format_stack(g.gr_frame))}" for g in greenlets]
+    left += [f"an open descriptor: {fd} -> {target}" for fd, target in descriptors]
     left += [f"a log record: {r.levelname} {r.name}: {r.getMessage()}" for r in logged.take()]
     left += crashed.report()
     if left and not failed:
