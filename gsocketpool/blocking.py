@@ -65,7 +65,12 @@ class Lease(Generic[C]):
             member.uses += 1
             member.holder = self
         else:
-            member = pool._acquire(self, 10, 0, timeout)
+            self._member = NOBODY  # entered already, should another greenlet try while this one waits
+            try:
+                member = pool._acquire(self, 10, 0, timeout)
+            except BaseException:
+                self._member = None
+                raise
         self._member = member
         return member.connection
 
