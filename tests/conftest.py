@@ -221,7 +221,7 @@ def crashed(_observed: tuple[Logged, Crashed]) -> Crashed:
     return _observed[1]
 
 
-# Real servers, one of each for the whole run, started when a test first asks for it; each test finds it running.
+# Real servers, one of each for the whole run, started when a test first asks for it; a test finds it without clients.
 
 
 @pytest.fixture(scope="session")

@@ -213,12 +213,13 @@ class Peer:
         self._signal(signal.SIGCONT, self._pids())
 
     def recover(self) -> None:
-        """Undo whatever the last test did to it."""
+        """Undo whatever the last test did to it, and wait until its clients are gone."""
         if self._process is not None and self._process.poll() is None:
             self.resume()
         else:
             self._process = None
             self.start()
+        self.wait_for_connections(0)
 
     def wait_for_connections(self, count: int, timeout: float = 10.0) -> None:
         """Wait until the server counts so many: it notices a client that hung up a little later."""

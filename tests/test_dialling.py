@@ -8,6 +8,7 @@ from typing import Any
 
 import gevent
 import pytest
+from gevent.event import Event
 from gevent.lock import Semaphore
 
 from gsocketpool import Pool, PoolClosedError, PoolError, PoolExhaustedError, TcpConnection
@@ -56,6 +57,7 @@ def test_without_a_limit_a_dial_is_waited_for(dials: Dials) -> None:
         assert not patient.ready()
         dials[0].go_on()
         assert patient.result() is dials[0]
+        dials.wait(2)
         dials[1].go_on()
         pool.release(dials[0])
 
@@ -158,6 +160,7 @@ def test_g7_the_time_for_an_acquire_covers_its_dial_which_is_left_alone(dials: D
         assert raised.value.waited >= 0.02
         assert raised.value.stats is not None
         assert (raised.value.stats.opening, raised.value.stats.waiting) == (1, 0)
+        dials.wait(1)
         dials[0].go_on()
         assert (pool.idle, pool.stats().opened) == (1, 1)
         with pool.connection() as connection:
@@ -179,20 +182,29 @@ def test_g7_the_time_for_an_acquire_covers_the_wait_for_a_place(dials: Dials, ho
         pool.release(held)
 
 
-def test_g7_the_time_for_an_acquire_is_not_begun_anew_after_a_stale_connection(dials: Dials) -> None:
-    with dials.pool(max_connections=1, check_after_idle=0) as pool:
+def test_g7_a_check_that_takes_all_the_time_leaves_none_to_dial(dials: Dials) -> None:
+    checking, may_answer = Event(), Event()
+
+    class SlowToCheck(Held):
+        def check(self) -> bool:
+            checking.set()
+            assert may_answer.wait(BOUND)
+            return False
+
+    with Pool(SlowToCheck, {"dials": dials}, max_connections=1, check_after_idle=0) as pool:
         first = Attempt(pool.acquire, timeout=None)
         dials.wait(1)
         dials[0].go_on()
         pool.release(first.result())
-        dials[0].socket.shutdown(2)
-        with pytest.raises(PoolExhaustedError) as raised:
-            pool.acquire(timeout=0.03)  # finds it dead, waits for its slot, dials
-        assert raised.value.waited >= 0.03
-        dials.wait(2)
-        dials[1].go_on()
-        with pool.connection(timeout=0) as connection:
-            assert connection is dials[1]
+        borrower = Attempt(pool.acquire, timeout=0.02)
+        assert checking.is_set()
+        with pytest.raises(PoolExhaustedError):
+            pool.acquire(timeout=0.03)  # begun later than the borrower, and with more time
+        may_answer.set()
+        error = borrower.result()
+        assert isinstance(error, PoolExhaustedError)
+        assert error.waited >= 0.02
+        dials.wait(1)
 
 
 def test_a_limit_of_its_own_outdoes_that_of_the_pool(server: LineEchoServer) -> None:
@@ -226,6 +238,7 @@ def test_by_the_rule_of_0_1_6_a_dial_may_take_longer_than_the_wait_for_a_place(d
         assert not borrower.ready()
         dials[0].go_on()
         assert borrower.result() is dials[0]
+        dials.wait(2)
         dials[1].go_on()
         pool.release(dials[0])
 
@@ -239,6 +252,7 @@ def test_by_the_rule_of_0_1_6_a_dial_may_take_longer_than_the_default_second(dia
         assert not borrower.ready()
         dials[0].go_on()
         assert borrower.result() is dials[0]
+        dials.wait(2)
         dials[1].go_on()
         pool.release(dials[0])
 
@@ -277,11 +291,11 @@ def test_by_the_rule_of_0_1_6_who_waited_for_a_place_and_got_one_may_dial_as_lon
         dials.wait(1)
         dials[0].go_on()
         held = holder.result()
-        borrower = Attempt(pool.acquire, retry=1)
+        borrower = Attempt(pool.acquire, retry=4)
         pool.drop(held)
         dials.wait(2)
         with pytest.raises(PoolExhaustedError):
-            pool.acquire(timeout=0.15)
+            pool.acquire(timeout=0.45)
         assert not borrower.ready()
         dials[1].go_on()
         assert borrower.result() is dials[1]
@@ -433,6 +447,24 @@ def test_a_dial_that_fails_after_its_borrower_was_served_is_logged_and_raised_in
         dials[2].go_on()
         assert second.result() is dials[2]
         pool.release(dials[0])
+        pool.release(dials[2])
+
+
+def test_who_gave_his_dial_to_somebody_before_him_dials_anew_when_the_other_dial_fails(
+    dials: Dials, logged: Logged
+) -> None:
+    with dials.pool(max_connections=2) as pool:
+        first, second = Attempt(pool.acquire, timeout=None), Attempt(pool.acquire, timeout=None)
+        dials.wait(2)
+        dials[1].go_on()
+        assert first.result() is dials[1]
+        dials[0].go_on(OSError("for the first one, who needs it no more"))
+        assert len(logged.take()) == 1
+        dials.wait(3)
+        assert not second.ready()
+        dials[2].go_on()
+        assert second.result() is dials[2]
+        pool.release(dials[1])
         pool.release(dials[2])
 
 
