@@ -57,6 +57,7 @@ def queue(peer: str, size: int, operations: int) -> m.Result:
         gevent.joinall(waiters, raise_error=True)
         handed += ended - began
         assert served == size
+        end(built.pool)
     return {"enqueue": enqueued / times / size * 1e9, "hand-off": handed / times / size * 1e9}
 
 
@@ -210,6 +211,9 @@ def idle(peer: str, size: int, operations: int) -> m.Result:
         pool.release(borrowed[place])
         borrowed[place] = pool.acquire()
     found["borrowed"] = (time.process_time() - began) / len(places) * 1e9
+    for connection in borrowed:
+        pool.release(connection)
+    end(pool)
 
     some = max(1, min(size // 2, 1000))
     times = max(1, operations // 20 // some)
@@ -225,6 +229,7 @@ def idle(peer: str, size: int, operations: int) -> m.Result:
         settle(doomed)
         spent += time.process_time() - began
         assert pool.size == size - some
+        end(pool)
     found["drop"] = spent / times / some * 1e9
 
     times = max(1, operations // 10 // size)
@@ -237,8 +242,15 @@ def idle(peer: str, size: int, operations: int) -> m.Result:
         settle(made)
         spent += time.process_time() - began
         assert pool.size == 0
+        end(pool)
     found["expire"] = spent / times / size * 1e9
     return found
+
+
+def end(pool: Any) -> None:
+    """Close a pool now: forgotten, it would close itself while the next one is measured."""
+    if hasattr(pool, "close"):
+        pool.close()
 
 
 def settle(connections: Sequence[Fake]) -> None:

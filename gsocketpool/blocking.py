@@ -20,6 +20,7 @@ from types import EllipsisType, TracebackType
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from gsocketpool.arguments import is_seconds, seconds, whole_number
+from gsocketpool.connection import Wrap
 from gsocketpool.core import BY_HAND, CLOSED, NOBODY, RETIRED, RETURNING, Core, Member, Place, Sentinel
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 from gsocketpool.operations import describe, operations_of
@@ -425,7 +426,8 @@ class BlockingPool(Core[C]):
         waited = monotonic() - started
         text = (
             f"{self._label} has no connection to lend after {waited:.3f} s: {stats.in_use} of at most "
-            f"{stats.max_connections} in use, {stats.idle} idle, {stats.opening} opening, {stats.waiting} waiting"
+            f"{stats.max_connections} in use, {stats.idle} idle, {stats.opening} opening, {self._closing} closing, "
+            f"{stats.waiting} waiting"
         )
         if self._max_waiting is not None:
             text += f" (max_waiting={self._max_waiting})"
@@ -666,4 +668,6 @@ def _keep_up(
 
 
 def _name_of(factory: object) -> str:
+    if isinstance(factory, Wrap):
+        factory = factory.open
     return str(getattr(factory, "__name__", None) or type(factory).__name__)

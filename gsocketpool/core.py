@@ -76,6 +76,7 @@ class Place(Generic[C]):
     """A place in the queue. It ends with a `member`, or with an `error`, or abandoned.
 
     `reserved` says that the pool has, or had when it was taken, a slot for it: it waits for a dial, not for a release.
+    A slot whose old connection is being closed counts; the dial begins when that is done.
     `waiter` is the runtime's: whatever it must wake.
     """
 
@@ -191,7 +192,7 @@ class Core(Generic[C]):
         if not wait:
             return EXHAUSTED
         queue = self._undialled
-        room = self._max_connections - len(self._members) - self._dialling - self._closing  # less `total`
+        room = self._max_connections - len(self._members) - self._dialling  # with the slots that are being emptied
         reserved = len(queue) < room
         if self._max_waiting is not None and not reserved and len(queue) - max(0, room) >= self._max_waiting:
             return EXHAUSTED

@@ -189,6 +189,14 @@ def test_g1_a_slot_is_free_when_the_socket_is_closed_and_not_before() -> None:
     assert pool.permit() is waiter
 
 
+def test_a_slot_that_is_being_emptied_is_reserved_for_who_waits_for_it() -> None:
+    pool = core(1)
+    pool.retire(lent(pool), "stale")
+    assert place(pool.take(wait=True)).reserved
+    assert not place(pool.take(wait=True)).reserved
+    assert pool.permit() is None
+
+
 def test_dropping_what_a_waiter_was_granted_puts_him_back_at_the_head_of_the_queue() -> None:
     pool = core(1)
     busy = lent(pool)

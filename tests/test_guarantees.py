@@ -104,8 +104,8 @@ def test_g1_a_slot_is_not_given_to_a_new_connection_before_the_old_one_is_closed
         pool = Pool(SlowToClose, {"host": "127.0.0.1", "port": server.port}, max_connections=1)
         with pytest.raises(KeyError), pool.connection():
             raise KeyError
-        with pytest.raises(PoolExhaustedError):
-            pool.acquire(retry=0)
+        with pytest.raises(PoolExhaustedError, match="1 closing"):
+            pool.acquire(timeout=0.001)
         assert server.accepted == 1
         late = gevent.spawn(pool.acquire, timeout=BOUND)
         gevent.sleep(0)
@@ -113,6 +113,16 @@ def test_g1_a_slot_is_not_given_to_a_new_connection_before_the_old_one_is_closed
         pool.release(late.get(timeout=BOUND))
         assert (server.accepted, server.most) == (2, 1)
         pool.close()
+
+
+def test_by_the_rule_of_016_a_slot_that_is_being_emptied_is_room() -> None:
+    with LineEchoServer() as server, line_pool(server, initial_connections=2, max_connections=2) as pool:
+        server.hang_up()
+        gevent.idle()
+        pool.cool()
+        connection = pool.acquire(retry=0)  # both that idled are stale, and being closed now
+        assert ask(connection, "alive") == "alive"
+        pool.release(connection)
 
 
 @pytest.mark.parametrize("interruption", [gevent.GreenletExit, gevent.Timeout, KeyError])
