@@ -574,10 +574,10 @@ class BlockingPool(Core[C]):
         try:
             with self._bounded(self.close_grace):
                 self._operations.close(connection)
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except BaseException as error:
             self._report("close() failed", error)
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
         finally:
             self.freed(connection)
             self._start_dials()
@@ -660,8 +660,10 @@ def _keep_up(
         if pool is not None and not pool.closed:
             try:
                 action(pool)
+            except (KeyboardInterrupt, SystemExit):
+                raise
             except BaseException as error:
-                if not pool._may_raise(error) or isinstance(error, (KeyboardInterrupt, SystemExit)):
+                if not pool._may_raise(error):
                     raise
                 pool._report("upkeep failed", error)
         del pool

@@ -466,3 +466,44 @@ def test_a_thousand_greenlets_take_turns_without_one_of_them_being_forgotten() -
         assert sorted(done) == list(range(1000))
         assert server.most <= 10
         assert pool.stats().acquired == 1000 * turns
+
+
+def test_g4_ctrl_c_in_the_middle_of_a_dial_reaches_the_main_greenlet_and_loses_no_slot() -> None:
+    class Interrupted(Connection):
+        def open(self) -> None:
+            raise KeyboardInterrupt
+
+        def is_connected(self) -> bool:
+            return False
+
+    pool = Pool(Interrupted, max_connections=1)
+    with pytest.raises(KeyboardInterrupt):
+        pool.acquire(timeout=None)
+    assert pool.faults() == []
+    assert pool.total == 0
+    pool.close()
+
+
+@pytest.mark.parametrize("where", ["close", "is_expired"])
+def test_g4_ctrl_c_in_the_middle_of_the_pools_own_work_reaches_the_main_greenlet_and_loses_no_slot(where: str) -> None:
+    class Interrupted(TcpConnection):
+        def close(self) -> None:
+            super().close()
+            if where == "close":
+                raise KeyboardInterrupt
+
+        def is_expired(self) -> bool:
+            raise KeyboardInterrupt
+
+    with LineEchoServer() as server:
+        options = {"host": "127.0.0.1", "port": server.port}
+        pool = Pool(Interrupted, options, max_connections=1, initial_connections=1, reap_interval=0.01)
+        with pytest.raises(KeyboardInterrupt):
+            if where == "close":
+                pool.drop(pool.acquire())
+            gevent.sleep(BOUND)
+        server.wait_open(0)
+        gevent.idle()
+        assert pool.faults() == []
+        assert pool.total == 0
+        pool.close()
