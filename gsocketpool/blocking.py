@@ -220,16 +220,14 @@ class BlockingPool(Core[C]):
 
         :raises ConnectionNotFoundError: it is not in use, or not this pool's.
         """
-        lane = self._lane_in
-        if lane:
-            member = self._latest
-            if member.connection is not conn:
-                member = lane.get(id(conn), NOBODY)
-            if member.holder is BY_HAND and exception() is None:
-                member.holder = None
-                self._warm.append(member)
-                return
-        self._release(conn)
+        member = self._latest
+        if member.connection is not conn:
+            member = self._lane_in.get(id(conn), NOBODY)
+        if member.holder is BY_HAND and exception() is None:
+            member.holder = None
+            self._warm.append(member)
+        else:
+            self._release(conn)
 
     def connection(self, timeout: float | EllipsisType | None = ...) -> Lease[C]:
         """A context manager that borrows a connection and gives it back.

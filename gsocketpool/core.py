@@ -162,15 +162,19 @@ class Core(Generic[C]):
 
         self._set_lanes()
 
-    # The fast lanes. A driver's acquire may pop `_lane_out`, and its release may look up `_lane_in` and append to
-    # `_warm`, without asking: while they are not empty that is all there is to decide. When more is to be decided
-    # (a waiter to serve, a reset to run, a check to make each time) they are empty, and the driver comes here.
+    # The fast lanes. A driver's acquire may pop `_lane_out` and note what it lends as `_latest`; its release may look
+    # there and in `_lane_in`, and append to `_warm`. As long as that finds anything, it is all there is to decide. When
+    # there is more (a waiter to serve, a reset to run, a check to make each time) the lanes are empty, and the driver
+    # comes here. `_latest` needs no test of its own: nothing can be lent through `_lane_out` while `_lane_in` is shut.
 
     def _set_lanes(self) -> None:
-        busy = self._dialled or self._undialled or self._resets or self._closed or self._always_cold
-        self._lane_in: dict[int, Member[C]] = {} if busy else self._members
-        shut = self._fifo or self._always_cold or self._closed
-        self._lane_out: deque[Member[C]] = deque() if shut else self._warm
+        shut = self._resets or self._closed or self._always_cold
+        self._lane_out: deque[Member[C]] = deque() if shut or self._fifo else self._warm
+        if shut or self._dialled or self._undialled:
+            self._lane_in: dict[int, Member[C]] = {}
+            self._latest = NOBODY
+        else:
+            self._lane_in = self._members
 
     def expect_resets(self) -> None:
         """From now on every release passes through `give`."""
@@ -456,5 +460,6 @@ class Core(Generic[C]):
             "the lane for releases is open though there is more to decide": not lanes or not (waiters or self._closed),
             "less than nothing is being closed": self._closing >= 0,
             "the latest is no member": self._latest is NOBODY or self._latest in members,
+            "the latest could be released though there is more to decide": lanes or self._latest is NOBODY,
         }
         return [what for what, holds in rules.items() if not holds]

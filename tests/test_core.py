@@ -284,11 +284,13 @@ def test_the_fast_lanes_are_open_only_while_there_is_nothing_to_decide() -> None
     assert not pool._lane_in
     pool.abandon(waiter)
     assert pool._lane_in is pool._members
-    pool.expect_resets()
-    assert not pool._lane_in
     pool.give(busy)
     assert pool._lane_out is pool._warm
+    pool.expect_resets()
+    assert not pool._lane_in
+    assert not pool._lane_out
     pool.shut()
+    assert not pool._lane_in
     assert not pool._lane_out
 
 
