@@ -344,14 +344,14 @@ class BlockingPool(Core[C]):
     # Behind acquire
 
     def _acquire(self, holder: object, retry: int, retried: int, timeout: float | EllipsisType | None) -> Member[C]:
-        limit, lenient = self._limit(retry, retried, timeout)
+        limit, lenient = (None, False) if timeout is None else self._limit(retry, retried, timeout)
         started = monotonic()
         deadline = None if limit is None else started + limit
         while True:
-            found = self.take(wait=lenient or limit != 0)
-            if isinstance(found, Place):
+            found = self.take(lenient or limit != 0)
+            if type(found) is Place:
                 found = self._wait(found, deadline, lenient, started)
-            if isinstance(found, Member):
+            if type(found) is Member:
                 if found.cold and not self._passes_check(found):
                     continue
                 found.holder = holder
@@ -360,10 +360,8 @@ class BlockingPool(Core[C]):
                 raise PoolClosedError(f"{self._label} is closed")
             raise self._exhausted_error(started)
 
-    def _limit(self, retry: int, retried: int, timeout: float | EllipsisType | None) -> tuple[float | None, bool]:
+    def _limit(self, retry: int, retried: int, timeout: float | EllipsisType) -> tuple[float | None, bool]:
         """How long an acquire may take, and whether a dial may take longer (0.1.6's rule)."""
-        if timeout is None:
-            return None, False
         if not isinstance(timeout, EllipsisType):
             return seconds("timeout", timeout, zero=True), False
         if self._acquire_timeout is not None:
@@ -449,8 +447,10 @@ class BlockingPool(Core[C]):
         error = exception()
         if error is not None and not isinstance(error, Exception):
             self._discard(member)
-        else:
+        elif self._resets:
             self._return(member)
+        else:
+            self._settle(self.give(member), connection)
 
     def _return(self, member: Member[C]) -> None:
         """Reset it where that is wanted, then give it back."""
@@ -475,7 +475,7 @@ class BlockingPool(Core[C]):
 
     def _settle(self, outcome: Place[C] | Sentinel | None, connection: C) -> None:
         """Carry out what `give`, `opened` or `inspected` answered."""
-        if isinstance(outcome, Place):
+        if type(outcome) is Place:
             self._wake(outcome)
         elif outcome is RETIRED:
             self._close_all([connection], wait=False)
