@@ -493,13 +493,15 @@ class BlockingPool(Core[C]):
             connection = self._create_connection()
             self._vet(connection)
         except BaseException as error:
-            problem = error if self._may_raise(error) else PoolError(f"{self._label}: a dial was killed")
+            ends_the_program = isinstance(error, (KeyboardInterrupt, SystemExit))
+            fit = self._may_raise(error) and not ends_the_program
+            problem = error if fit else PoolError(f"{self._label}: a dial was killed")
             waiter = self.failed(place, problem)
             if waiter is not None:
                 self._wake(waiter)
             elif place is not None:
                 self._report("a dial failed that nobody waits for any more", problem)
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            if ends_the_program:
                 raise
         else:
             if self._operations.resets(connection):

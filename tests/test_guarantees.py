@@ -250,6 +250,27 @@ def test_g4_g5_the_waiter_behind_one_who_was_killed_just_before_the_release_is_w
         pool.release(held)
 
 
+def test_g4_what_a_waiter_did_not_live_to_collect_is_handed_on_without_another_reset() -> None:
+    resets = []
+
+    class Resetting(TcpConnection):
+        def reset(self) -> None:
+            resets.append(self)
+
+    with LineEchoServer() as server:
+        pool = Pool(Resetting, {"host": "127.0.0.1", "port": server.port}, max_connections=1)
+        held = pool.acquire()
+        head = gevent.spawn(pool.acquire, timeout=None)
+        behind = gevent.spawn(pool.acquire, timeout=None)
+        gevent.sleep(0)
+        head.kill(block=False)
+        pool.release(held)
+        assert behind.get(timeout=BOUND) is held
+        assert resets == [held]
+        pool.release(held)
+        pool.close()
+
+
 def test_g6_a_waiter_is_woken_by_the_release_itself() -> None:
     """Not by a clock: between the release and the waiter's turn the hub runs no timer of the pool's."""
     with LineEchoServer() as server, line_pool(server, max_connections=1, check_after_idle=None) as pool:
