@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from time import monotonic
 from types import EllipsisType, TracebackType
-from typing import Any, ClassVar, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
 
 from gsocketpool.arguments import is_seconds, seconds, whole_number
 from gsocketpool.connection import Wrap
@@ -44,6 +44,15 @@ logger = logging.getLogger("gsocketpool")
 
 #: Below this many seconds, `check_after_idle` checks each time: so fine a tick would cost more than the checks.
 FINEST_TICK: Final = 0.02
+
+
+# What a subclass must not define by mistake: the core's names that are no part of a pool's interface.
+_CORE_NAMES: Final = frozenset(name for name in vars(Core) if not name.startswith("_")) - {
+    "idle",
+    "in_use",
+    "size",
+    "waiting",
+}
 
 
 class Lease(Generic[C]):
@@ -82,7 +91,7 @@ class Lease(Generic[C]):
         if member is None or member.holder is not self:
             return  # released or dropped inside the block; it may be somebody else's by now
         pool = self._pool
-        if kind is None or (issubclass(kind, Exception) and not issubclass(kind, pool._discard_on)):
+        if kind is None or not pool._discards(kind):
             if kind is None and pool._lane_in:
                 member.holder = None
                 pool._warm.append(member)
@@ -92,8 +101,33 @@ class Lease(Generic[C]):
             pool._discard(member)
 
 
+class LeaseByHand(Lease[C]):
+    """A lease of a pool whose subclass has an `acquire` or a `release` of its own: it calls them, as 0.1.6 did."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> C:
+        timeout = self._timeout
+        connection = self._pool.acquire() if timeout is ... else self._pool.acquire(timeout=timeout)
+        self._member = self._pool._members.get(id(connection), NOBODY)
+        return connection
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        member, self._member = self._member, None
+        if member is None or member.holder is not BY_HAND:
+            return  # released or dropped inside the block
+        if kind is None or not self._pool._discards(kind):
+            self._pool.release(member.connection)
+        else:
+            self._pool._discard(member)
+
+
 class BlockingPool(Core[C]):
     """A pool whose `acquire` blocks the caller. See :class:`gsocketpool.Pool` for what the parameters mean."""
+
+    _lease: ClassVar[type[Lease[Any]]] = Lease
 
     #: Seconds that a connection's ``close()`` may take before its slot is free all the same.
     close_grace: ClassVar[float] = 10.0
@@ -186,6 +220,14 @@ class BlockingPool(Core[C]):
                 self.close()
                 raise
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in cls.__dict__:
+            if name in _CORE_NAMES and not cls.__module__.startswith("gsocketpool."):
+                raise TypeError(f"{cls.__qualname__}.{name} would replace what the pool itself does: use another name")
+        if cls.acquire is not BlockingPool.acquire or cls.release is not BlockingPool.release:
+            cls._lease = LeaseByHand
+
     # Borrowing
 
     def acquire(self, retry: int = 10, retried: int = 0, *, timeout: float | EllipsisType | None = ...) -> C:
@@ -194,8 +236,8 @@ class BlockingPool(Core[C]):
         Give it back with :meth:`release`, or :meth:`drop` it; :meth:`connection` does that by itself.
 
         :param retry: where neither `timeout` nor the pool's `acquire_timeout` is given, the rule of 0.1.6 holds:
-            ``(retry - retried) * 0.1`` seconds of waiting for a place. A dial that was begun, or has its place, is then
-            bounded by the connection's own timeouts alone.
+            ``(retry - retried) * 0.1`` seconds of waiting for a place. Who has a place waits for his dial, which is
+            bounded by the connection's own timeouts alone, and for his turn to dial: `max_connecting` at once.
         :param retried: how many of these tries are used up already.
         :param timeout: seconds for the whole of it, a dial included; None waits for ever; 0 takes an idle connection or
             raises, and never yields to another greenlet.
@@ -214,9 +256,9 @@ class BlockingPool(Core[C]):
     def release(self, conn: C) -> None:
         """Give back what :meth:`acquire` returned.
 
-        If it is called while a kill, a ``gevent.Timeout`` or another exception that is no :exc:`Exception` passes
-        through (in a ``finally``, say), the connection is discarded: its borrower was interrupted, and the rest of a
-        reply may still be under way on it.
+        If it is called while an exception passes through or is being handled (in a ``finally`` or an ``except``), it
+        does as :meth:`connection` does: a kill, a ``gevent.Timeout`` and whatever `discard_on` names discard the
+        connection, since the rest of a reply may still be under way on it.
 
         :raises ConnectionNotFoundError: it is not in use, or not this pool's.
         """
@@ -237,7 +279,7 @@ class BlockingPool(Core[C]):
 
         :param timeout: as for :meth:`acquire`.
         """
-        return Lease(self, timeout)
+        return self._lease(self, timeout)
 
     def drop(self, conn: C) -> None:
         """Remove a connection, idle or borrowed, and close it. Returns when it is closed.
@@ -246,35 +288,32 @@ class BlockingPool(Core[C]):
         """
         member = self._members.get(id(conn))
         if member is None:
-            raise ConnectionNotFoundError(f"{self._label} has no such connection: {describe(conn)}")
+            raise ConnectionNotFoundError(
+                f"{self._label} has no such connection (dropped, or another pool's?): {describe(conn)}"
+            )
         granted_to = self.retire(member, "dropped")
+        self._start_dials()
         if granted_to is not None:
             self._tell_closed(granted_to)
         self._close_all([conn], wait=True)
 
     def drop_expired(self) -> None:
         """Close the idle connections whose ``is_expired()`` is true. The reaper does so every `reap_interval`."""
-        expired = []
-        for _ in range(self.idle):
-            member = self.inspect()
-            if member is None:
-                break
-            try:
-                reason = "expired" if self._operations.is_expired(member.connection) else None
-            except BaseException as error:
-                self._discard(member)
-                if not isinstance(error, Exception):
-                    raise
-                self._report("is_expired() failed; the connection is closed", error)
-                continue
-            if member.holder is None:  # dropped meanwhile
-                continue
-            if reason:
-                self.retire(member, reason)
-                expired.append(member.connection)
-            else:
-                self._settle(self.inspected(member), member.connection)
-        self._close_all(expired, wait=True)
+        expired: list[C] = []
+        finished = False
+        try:
+            for _ in range(self.idle):
+                member = self.inspect()
+                if member is None:
+                    break
+                if self._is_expired(member):
+                    self.retire(member, "expired")
+                    expired.append(member.connection)
+                elif member.holder is not None:  # else dropped, or failed, meanwhile
+                    self._settle(self.inspected(member), member.connection)
+            finished = True
+        finally:
+            self._close_all(expired, wait=finished)
 
     def close(self) -> None:
         """Close the pool: idle connections now, borrowed ones as they return, dials as they end.
@@ -317,6 +356,9 @@ class BlockingPool(Core[C]):
         if hasattr(self, "_upkeep") and not sys.is_finalizing():
             self._shut(wait=False)
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a pool cannot be copied or pickled: make another one")
+
     def __repr__(self) -> str:
         if not hasattr(self, "_upkeep"):
             return f"<{type(self).__name__} that was refused>"
@@ -353,7 +395,9 @@ class BlockingPool(Core[C]):
                 found = self._wait(found, deadline, lenient, started)
             if type(found) is Member:
                 if found.cold and not self._passes_check(found):
-                    continue
+                    if deadline is None or lenient or limit == 0 or monotonic() < deadline:
+                        continue
+                    raise self._exhausted_error(started)
                 found.holder = holder
                 return found
             if found is CLOSED:
@@ -388,11 +432,25 @@ class BlockingPool(Core[C]):
                 self._settle(self.give(unused), unused.connection)
             raise
         if place.error is not None:
-            raise place.error
+            error, place.error = place.error, None
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
         member = place.member or self.abandon(place)
         if member is None:
             raise self._exhausted_error(started)
         return member
+
+    def _is_expired(self, member: Member[C]) -> bool:
+        try:
+            return bool(self._operations.is_expired(member.connection)) and member.holder is not None
+        except BaseException as error:
+            self._discard(member)
+            if not isinstance(error, Exception):
+                raise
+            self._report("is_expired() failed; the connection is closed", error)
+            return False
 
     def _passes_check(self, member: Member[C]) -> bool:
         member.cold = False
@@ -423,13 +481,18 @@ class BlockingPool(Core[C]):
         text = (
             f"{self._label} has no connection to lend after {waited:.3f} s: {stats.in_use} of at most "
             f"{stats.max_connections} in use, {stats.idle} idle, {stats.opening} opening, {self._closing} closing, "
-            f"{stats.waiting} waiting"
+            f"{stats.waiting} others waiting"
         )
-        if self._max_waiting is not None:
-            text += f" (max_waiting={self._max_waiting})"
         if self._last_error is not None:
             text += f"; the last connect error was {self._last_error!r}"
-        text += "; return connections sooner, wait longer (timeout=), or raise max_connections"
+        if self._max_waiting is not None and stats.waiting >= self._max_waiting:
+            text += f"; as many wait as max_waiting={self._max_waiting} allows"
+        if self.total < self._max_connections:
+            text += "; there is room for more, but none was idle, and timeout=0 opens none"
+        elif stats.opening:
+            text += "; give the dial longer (timeout=), or bound it (connect_timeout=)"
+        else:
+            text += "; return connections sooner, wait longer (timeout=), or raise max_connections"
         return PoolExhaustedError(text, stats=stats, waited=waited, last_error=self._last_error)
 
     # Behind release
@@ -440,17 +503,25 @@ class BlockingPool(Core[C]):
             raise ConnectionNotFoundError(
                 f"{self._label} has no such connection (dropped, or another pool's?): {describe(connection)}"
             )
-        if member.holder is not BY_HAND and not isinstance(member.holder, Lease):
+        if isinstance(member.holder, Lease):
+            raise ConnectionNotFoundError(
+                f"{self._label} has lent this connection to a with block, which gives it back itself (drop() gives it "
+                f"up early; or was it released twice?): {describe(connection)}"
+            )
+        if member.holder is not BY_HAND:
             raise ConnectionNotFoundError(
                 f"{self._label} has lent this connection to nobody (released twice?): {describe(connection)}"
             )
         error = exception()
-        if error is not None and not isinstance(error, Exception):
+        if error is not None and self._discards(type(error)):
             self._discard(member)
         elif self._resets:
             self._return(member)
         else:
             self._settle(self.give(member), connection)
+
+    def _discards(self, kind: type[BaseException]) -> bool:
+        return not issubclass(kind, Exception) or issubclass(kind, self._discard_on)
 
     def _return(self, member: Member[C]) -> None:
         """Reset it where that is wanted, then give it back."""
@@ -484,7 +555,11 @@ class BlockingPool(Core[C]):
 
     def _start_dials(self) -> None:
         while (place := self.permit()) is not None:
-            self._spawn(self._dial, place)
+            try:
+                self._spawn(self._dial, place)
+            except BaseException as error:  # too deep a recursion, say
+                self.failed(place, error)
+                raise
 
     def _dial(self, place: Place[C] | None) -> BaseException | None:
         """Redeem a permit. Answers the error if it failed."""
@@ -509,7 +584,10 @@ class BlockingPool(Core[C]):
             self._settle(self.opened(connection), connection)
         finally:
             self._start_dials()
-        return problem
+        try:
+            return problem
+        finally:
+            del problem  # it refers to this frame
 
     def _vet(self, connection: C) -> None:
         self._operations.vet(connection)

@@ -281,6 +281,7 @@ class Core(Generic[C]):
         """A dial succeeded: a permit is redeemed. Answers as `give` does."""
         self._dialling -= 1
         self._opened += 1
+        self._last_error = None
         member = self._members[id(connection)] = Member(connection)
         member.holder = BY_HAND
         return self.give(member)

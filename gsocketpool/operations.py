@@ -44,8 +44,8 @@ class Methods:
     def vet(self, connection: Connection) -> None:
         if not isinstance(connection, Connection):
             raise TypeError(
-                f"the factory returned {describe(connection)}, which is no gsocketpool.Connection; "
-                "pool other objects with Pool(wrap(factory))"
+                f"the factory returned {describe(connection)}, which is no gsocketpool.Connection: inherit that, or, "
+                "if the factory returns it open already, use Pool(wrap(factory))"
             )
 
     def open(self, connection: Connection) -> None:
@@ -83,6 +83,8 @@ class Functions(Generic[C]):
     def vet(self, connection: C) -> None:
         if connection is None:
             raise TypeError("the open function of wrap() returned None instead of a connection")
+        if isinstance(connection, Connection) and not connection.is_connected():
+            raise TypeError(f"{describe(connection)} is a Connection, and not open: pool it without wrap()")
 
     def open(self, connection: C) -> None:
         """Nothing to do: the factory's own call opened it."""

@@ -95,14 +95,17 @@ class Pool(BlockingPool[C]):
         self._hub.loop.run_callback(_resume, place)
 
     def _spawn(self, job: Callable[..., object], *args: object) -> object:
-        if _thread() != self._home:  # the collector runs in whichever thread it pleases
-            self._hub.loop.run_callback_threadsafe(_begin, job, args)
-            return None
-        return _begin(job, args)
+        if _thread() == self._home:
+            return _begin(job, args)
+        loop = self._hub.loop
+        if loop is not None:  # the collector runs in whichever thread it pleases
+            loop.run_callback_threadsafe(_begin, job, args)
+        return None
 
     def _stop(self, task: object) -> None:
-        if isinstance(task, gevent.Greenlet):
-            self._hub.loop.run_callback_threadsafe(_end, task)
+        loop = self._hub.loop
+        if loop is not None:  # else the thread and its hub are gone, and the task with them
+            loop.run_callback_threadsafe(_end, task)
 
     @staticmethod
     def _sleep(duration: float) -> None:
@@ -134,5 +137,6 @@ def _begin(job: Callable[..., object], args: tuple[object, ...]) -> gevent.Green
     return task
 
 
-def _end(task: gevent.Greenlet[..., object]) -> None:
-    task.kill(block=False)
+def _end(task: object) -> None:
+    if isinstance(task, gevent.Greenlet):
+        task.kill(block=False)

@@ -244,7 +244,7 @@ def test_a_factory_of_something_else_than_a_connection_is_a_type_error_and_costs
 
     with Pool(factory, max_connections=2) as pool:
         for _ in range(3):
-            with pytest.raises(TypeError, match=r"no gsocketpool\.Connection; .*wrap"):
+            with pytest.raises(TypeError, match=r"no gsocketpool\.Connection: .*wrap"):
                 pool.acquire()
             assert pool.size == 0
         serves_all_at_once(pool, 2)
@@ -1189,14 +1189,18 @@ def test_a_peer_that_refuses_is_an_error_of_the_borrower_with_its_address_and_co
         serves_all_at_once(pool, 3)
 
 
-def test_who_finds_a_full_pool_is_told_the_last_connect_error(proxy: Proxy) -> None:
+def test_who_gets_no_connection_is_told_the_last_connect_error_until_a_connect_succeeds(proxy: Proxy) -> None:
     with faulty_pool(proxy, Trouble(), count=1) as pool:
         proxy.refuse()
         with pytest.raises(ConnectionRefusedError) as refused:
             pool.acquire()
-        proxy.forward()
-        with pool.connection(), pytest.raises(PoolExhaustedError) as raised:
+        with pytest.raises(PoolExhaustedError) as raised:
             pool.acquire(timeout=0)
         assert raised.value.last_error is refused.value
         assert "Connection refused" in str(raised.value)
+        proxy.forward()
+        with pool.connection(), pytest.raises(PoolExhaustedError) as raised:
+            pool.acquire(timeout=0)
+        assert raised.value.last_error is None
+        assert "refused" not in str(raised.value)
         serves_all_at_once(pool, 1)

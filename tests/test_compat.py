@@ -8,7 +8,9 @@ from __future__ import annotations
 import _socket
 import array
 import collections
+import copy
 import json
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -696,3 +698,45 @@ def test_the_interface_of_the_documents_is_there() -> None:
     assert connection.is_connected() is connection.is_expired() is False
     with pytest.raises(NotImplementedError):
         Connection().open()
+
+
+def test_a_subclass_that_overrides_acquire_and_release_is_asked_by_connection_too(server: LineEchoServer) -> None:
+    calls: list[str] = []
+
+    class Counting(Pool[TcpConnection]):
+        def acquire(self, *args: Any, **options: Any) -> TcpConnection:
+            calls.append("acquire")
+            return super().acquire(*args, **options)
+
+        def release(self, conn: TcpConnection) -> None:
+            calls.append("release")
+            super().release(conn)
+
+    with Counting(TcpConnection, options_for(server)) as pool:
+        with pool.connection() as c:
+            c.send(b"hello\n")
+            assert c.recv() == b"hello\n"
+        assert calls == ["acquire", "release"]
+        with pool.connection(timeout=5) as again:
+            assert again is c
+            pool.drop(again)
+        assert calls == ["acquire", "release", "acquire"]
+        with pytest.raises(KeyError), pool.connection():
+            raise KeyError
+        assert pool.stats().closed["discarded"] == 1
+        assert pool.faults() == []
+
+
+def test_a_subclass_that_would_replace_what_the_pool_itself_does_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"Mine\.failed would replace"):
+
+        class Mine(Pool[TcpConnection]):
+            def failed(self) -> None: ...  # type: ignore[override]
+
+
+def test_a_pool_can_be_neither_copied_nor_pickled() -> None:
+    pool = Pool(TcpConnection, {"host": "127.0.0.1", "port": 1})
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            attempt(pool)
+    pool.close()

@@ -321,20 +321,22 @@ def test_g8_a_connection_whose_peer_hung_up_while_it_idled_is_not_lent(how: str)
 def test_g8_the_tick_comes_by_itself() -> None:
     ticked = Event()
 
-    class Ticking(Pool[TcpConnection]):
-        def cool(self) -> None:
-            super().cool()
-            if self._cold:
-                ticked.set()
+    class Checked(TcpConnection):
+        def check(self) -> bool:
+            ticked.set()
+            return super().check()
 
     with LineEchoServer() as server:
-        pool = Ticking(TcpConnection, {"host": "127.0.0.1", "port": server.port}, check_after_idle=0.05)
+        pool = Pool(Checked, {"host": "127.0.0.1", "port": server.port}, check_after_idle=0.05)
         with pool.connection():
             pass
         server.hang_up()
-        assert ticked.wait(BOUND)
+        with gevent.Timeout(BOUND):
+            while not pool._cold:
+                gevent.sleep(0.01)
         with pool.connection(timeout=BOUND) as connection:
             assert ask(connection, "alive") == "alive"
+        assert ticked.is_set()
         pool.close()
 
 
@@ -528,3 +530,75 @@ def test_g4_ctrl_c_in_the_middle_of_the_pools_own_work_reaches_the_main_greenlet
         assert pool.faults() == []
         assert pool.total == 0
         pool.close()
+
+
+def test_g4_a_round_of_the_reaper_that_is_interrupted_closes_what_it_had_found_expired() -> None:
+    asked: list[TcpConnection] = []
+    second = Event()
+
+    class Expired(TcpConnection):
+        def is_expired(self) -> bool:
+            asked.append(self)
+            if len(asked) == 2:
+                second.set()
+                gevent.sleep(BOUND)
+            return True
+
+    with LineEchoServer() as server:
+        options = {"host": "127.0.0.1", "port": server.port}
+        pool = Pool(Expired, options, max_connections=3, initial_connections=3)
+        reaper = gevent.spawn(pool.drop_expired)
+        assert second.wait(BOUND)
+        reaper.kill()
+        server.wait_open(1)  # the first was expired, the second interrupted, the third not looked at
+        gevent.idle()
+        assert (pool.total, pool.idle) == (1, 1)
+        assert pool.faults() == []
+        pool.close()
+
+
+def test_g4_a_dial_that_cannot_be_begun_gives_its_permit_back() -> None:
+    class Failing(Pool[TcpConnection]):
+        def _spawn(self, job: Any, *args: object) -> object:
+            if getattr(job, "__name__", "") == "_dial":
+                raise RecursionError
+            return super()._spawn(job, *args)
+
+    pool = Failing(TcpConnection, {"host": "127.0.0.1", "port": refused_port()}, max_connections=1)
+    with pytest.raises(RecursionError):
+        pool.acquire()
+    assert (pool.total, pool.waiting) == (0, 0)
+    assert pool.faults() == []
+    pool.close()
+
+
+def test_g7_checks_that_fail_one_after_the_other_do_not_go_on_after_the_deadline() -> None:
+    class SlowToCheck(TcpConnection):
+        def check(self) -> bool:
+            gevent.sleep(0.02)
+            return False
+
+    with LineEchoServer() as server:
+        options = {"host": "127.0.0.1", "port": server.port}
+        pool = Pool(SlowToCheck, options, max_connections=50, initial_connections=50, check_after_idle=0)
+        with pytest.raises(PoolExhaustedError):
+            pool.acquire(timeout=0.01)
+        assert pool.stats().closed["stale"] == 1
+        pool.close()
+
+
+def test_g9_g12_a_pool_that_outlives_the_hub_of_its_thread_is_collected_in_silence(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    pools: list[Pool[TcpConnection]] = []
+
+    def live_and_die() -> None:
+        pools.append(Pool(TcpConnection, {"host": "127.0.0.1", "port": 1}))
+        gevent.get_hub().destroy(destroy_loop=True)
+
+    thread = threading.Thread(target=live_and_die)
+    thread.start()
+    gevent.get_hub().threadpool.apply(thread.join)
+    pools.clear()
+    gc.collect()
+    assert capfd.readouterr() == ("", "")
