@@ -210,11 +210,11 @@ def test_a_pool_that_lends_interrupted_connections_again_fails(monkeypatch: pyte
 
 def test_a_pool_that_loses_a_slot_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     class Losing(Pool[Any]):
-        def freed(self, connection: Any) -> None:
+        def _close_one(self, connection: Any, tally: Any) -> None:
             if self._closed_for["discarded"] == 1:
-                self._claimed.pop(id(connection))  # and one slot less
+                connection.close()  # and nobody says that its slot is free
             else:
-                super().freed(connection)
+                super()._close_one(connection, tally)
 
     monkeypatch.setattr(demo, "VICTIMS", 1)
     result = demonstrate(monkeypatch, Losing)
