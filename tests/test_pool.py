@@ -11,51 +11,17 @@ import gevent.socket
 import pytest
 from gevent.event import Event
 
-from gsocketpool import ConnectionNotFoundError, Pool, PoolError, PoolExhaustedError, TcpConnection, wrap
+from gsocketpool import ConnectionNotFoundError, Pool, PoolError, PoolExhaustedError, wrap
 from gsocketpool.core import REASONS
 from tests.dials import BOUND, Attempt, Dials
-from tests.servers import LineEchoServer, Server
+from tests.lines import Line, borrow, give_back, line_pool
+from tests.servers import LineEchoServer
 
 
 @pytest.fixture
 def server() -> Iterator[LineEchoServer]:
     with LineEchoServer() as server:
         yield server
-
-
-class Line(TcpConnection):
-    """Does what its test tells it to, and counts what the pool asks."""
-
-    def __init__(self, host: str, port: int) -> None:
-        super().__init__(host, port)
-        self.checks = self.resets = self.expiries = 0
-        self.healthy = True
-        self.expired = False
-
-    def ask(self, text: str) -> str:
-        self.send(text.encode() + b"\n")
-        return self.recv_until(b"\n").decode()
-
-    def check(self) -> bool:
-        self.checks += 1
-        return self.healthy and super().check()
-
-    def is_expired(self) -> bool:
-        self.expiries += 1
-        return self.expired
-
-
-def line_pool(server: Server, kind: type[Line] = Line, **options: Any) -> Pool[Line]:
-    return Pool(kind, {"host": "127.0.0.1", "port": server.port}, **options)
-
-
-def borrow(pool: Pool[Line], count: int) -> list[Line]:
-    return [pool.acquire(timeout=BOUND) for _ in range(count)]
-
-
-def give_back(pool: Pool[Line], lines: list[Line]) -> None:
-    for line in lines:
-        pool.release(line)
 
 
 # order
