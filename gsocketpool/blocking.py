@@ -487,10 +487,10 @@ class BlockingPool(Core[C]):
             text += f"; the last connect error was {self._last_error!r}"
         if self._max_waiting is not None and stats.waiting >= self._max_waiting:
             text += f"; as many wait as max_waiting={self._max_waiting} allows"
-        if self.total < self._max_connections:
-            text += "; there is room for more, but none was idle, and timeout=0 opens none"
-        elif stats.opening:
+        if stats.opening:
             text += "; give the dial longer (timeout=), or bound it (connect_timeout=)"
+        elif self.total < self._max_connections:
+            text += "; there is room for more, but none was idle, and timeout=0 opens none"
         else:
             text += "; return connections sooner, wait longer (timeout=), or raise max_connections"
         return PoolExhaustedError(text, stats=stats, waited=waited, last_error=self._last_error)
