@@ -89,7 +89,7 @@ class Lease(Generic[C]):
     ) -> None:
         member, self._member = self._member, None
         if member is None or member.holder is not self:
-            return  # released or dropped inside the block; it may be somebody else's by now
+            return  # dropped inside the block
         pool = self._pool
         if kind is None or not pool._discards(kind):
             if kind is None and pool._lane_in:
@@ -117,7 +117,7 @@ class LeaseByHand(Lease[C]):
     ) -> None:
         member, self._member = self._member, None
         if member is None or member.holder is not BY_HAND:
-            return  # released or dropped inside the block
+            return  # given up inside the block
         if kind is None or not self._pool._discards(kind):
             self._pool.release(member.connection)
         else:
