@@ -503,12 +503,12 @@ class BlockingPool(Core[C]):
             raise ConnectionNotFoundError(
                 f"{self._label} has no such connection (dropped, or another pool's?): {describe(connection)}"
             )
-        if isinstance(member.holder, Lease):
-            raise ConnectionNotFoundError(
-                f"{self._label} has lent this connection to a with block, which gives it back itself (drop() gives it "
-                f"up early; or was it released twice?): {describe(connection)}"
-            )
         if member.holder is not BY_HAND:
+            if isinstance(member.holder, Lease):
+                raise ConnectionNotFoundError(
+                    f"{self._label} has lent this connection to a with block, which gives it back itself (drop() gives "
+                    f"it up early; or was it released twice?): {describe(connection)}"
+                )
             raise ConnectionNotFoundError(
                 f"{self._label} has lent this connection to nobody (released twice?): {describe(connection)}"
             )
