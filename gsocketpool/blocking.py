@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
 
 from gsocketpool.arguments import is_seconds, seconds, whole_number
 from gsocketpool.connection import Wrap
-from gsocketpool.core import BY_HAND, CLOSED, NOBODY, RETIRED, RETURNING, Core, Member, Place, Sentinel
+from gsocketpool.core import BY_HAND, CLOSED, NOBODY, RETIRED, RETURNING, Core, Member, Place, Sentinel, new_place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 from gsocketpool.operations import describe, operations_of
 from gsocketpool.stats import PoolStats
@@ -142,6 +142,7 @@ class BlockingPool(Core[C]):
         "_operations",
         "_options",
         "_upkeep",
+        "_usual_limit",
     )
 
     def __init__(
@@ -203,6 +204,7 @@ class BlockingPool(Core[C]):
         self._operations = operations_of(factory)
         self._name = name
         self._acquire_timeout = acquire_timeout
+        self._usual_limit = self._limit(10, 0, ...)
         self._check_after_idle = check_after_idle
         self._discard_on = discard_on
 
@@ -263,13 +265,22 @@ class BlockingPool(Core[C]):
         :raises ConnectionNotFoundError: it is not in use, or not this pool's.
         """
         member = self._latest
-        if member.connection is not conn:
-            member = self._lane_in.get(id(conn), NOBODY)
-        if member.holder is BY_HAND and exception() is None:
+        if member.connection is conn and member.holder is BY_HAND and exception() is None:
+            member.holder = None
+            self._warm.append(member)
+            return
+        member = self._members.get(id(conn), NOBODY)
+        if member.holder is not BY_HAND or self._resets or exception() is not None:
+            self._release(conn)
+        elif self._lane_in:
             member.holder = None
             self._warm.append(member)
         else:
-            self._release(conn)
+            outcome = self.give(member)
+            if type(outcome) is Place:
+                self._wake(outcome)
+            elif outcome is RETIRED:
+                self._close_all([conn], wait=False)
 
     def connection(self, timeout: float | EllipsisType | None = ...) -> Lease[C]:
         """A context manager that borrows a connection and gives it back.
@@ -386,58 +397,70 @@ class BlockingPool(Core[C]):
     # Behind acquire
 
     def _acquire(self, holder: object, retry: int, retried: int, timeout: float | EllipsisType | None) -> Member[C]:
-        limit, lenient = (None, False) if timeout is None else self._limit(retry, retried, timeout)
+        if timeout is ... and retry == 10 and retried == 0:
+            limit, lenient, wait = self._usual_limit
+        else:
+            limit, lenient, wait = self._limit(retry, retried, timeout)
         started = monotonic()
-        deadline = None if limit is None else started + limit
         while True:
-            found = self.take(lenient or limit != 0)
+            found = self.take(wait)
             if type(found) is Place:
-                found = self._wait(found, deadline, lenient, started)
+                try:
+                    if found.reserved:
+                        self._start_dials()
+                        self._wait_on(found, limit, lenient, started)
+                    elif limit or limit is None:
+                        self._park(found, limit)
+                        if found.member is None:  # woken for an error, or for nothing
+                            self._wait_on(found, limit, lenient, started)
+                except BaseException:
+                    unused = self.abandon(found)
+                    if unused is not None:
+                        self._settle(self.give(unused), unused.connection)
+                    raise
+                found = found.member or self._ended_without(found, started)
             if type(found) is Member:
-                if found.cold and not self._passes_check(found):
-                    if deadline is None or lenient or limit == 0 or monotonic() < deadline:
-                        continue
+                if not found.cold or self._passes_check(found):
+                    found.holder = holder
+                    return found
+                if limit and not lenient and monotonic() >= started + limit:
                     raise self._exhausted_error(started)
-                found.holder = holder
-                return found
-            if found is CLOSED:
+            elif found is CLOSED:
                 raise PoolClosedError(f"{self._label} is closed")
-            raise self._exhausted_error(started)
+            else:
+                raise self._exhausted_error(started)
 
-    def _limit(self, retry: int, retried: int, timeout: float | EllipsisType) -> tuple[float | None, bool]:
-        """How long an acquire may take, and whether a dial may take longer (0.1.6's rule)."""
+    def _limit(self, retry: int, retried: int, timeout: float | EllipsisType | None) -> tuple[float | None, bool, bool]:
+        """How long an acquire may take, whether a dial may take longer (0.1.6's rule), and whether it may wait."""
+        if timeout is None:
+            return None, False, True
         if not isinstance(timeout, EllipsisType):
-            return seconds("timeout", timeout, zero=True), False
+            limit = seconds("timeout", timeout, zero=True)
+            return limit, False, limit > 0
         if self._acquire_timeout is not None:
-            return self._acquire_timeout, False
-        if retry == 10 and retried == 0:  # the defaults need no looking at
-            return 1.0, True
-        return max(0, whole_number("retry", retry) - whole_number("retried", retried)) * 0.1, True
+            return self._acquire_timeout, False, self._acquire_timeout > 0
+        return max(0, whole_number("retry", retry) - whole_number("retried", retried)) * 0.1, True, True
 
-    def _wait(self, place: Place[C], deadline: float | None, lenient: bool, started: float) -> Member[C]:
-        try:
-            if place.reserved:
-                self._start_dials()
-            while place.member is None and place.error is None:
-                if deadline is None or (lenient and place.reserved):
-                    self._park(place, None)
-                    continue
-                left = deadline - monotonic()
-                if left <= 0:
-                    break
-                self._park(place, left)
-        except BaseException:
-            unused = self.abandon(place)
-            if unused is not None:
-                self._settle(self.give(unused), unused.connection)
-            raise
+    def _wait_on(self, place: Place[C], limit: float | None, lenient: bool, started: float) -> None:
+        """Stand still until the place has ended, or the time is over."""
+        while place.member is None and place.error is None:
+            if limit is None or (lenient and place.reserved):
+                self._park(place, None)
+                continue
+            left = started + limit - monotonic()
+            if left <= 0:
+                break
+            self._park(place, left)
+
+    def _ended_without(self, place: Place[C], started: float) -> Member[C]:
+        """It was told an error, or its time is over; unless it was granted something in that very moment."""
         if place.error is not None:
             error, place.error = place.error, None
             try:
                 raise error
             finally:
                 del error  # it refers to this frame
-        member = place.member or self.abandon(place)
+        member = self.abandon(place)
         if member is None:
             raise self._exhausted_error(started)
         return member
@@ -721,7 +744,7 @@ class _Tally(Generic[C]):
     def __init__(self, jobs: int) -> None:
         self.left = self.unstarted = jobs
         self.error: BaseException | None = None
-        self.place: Place[C] = Place()
+        self.place: Place[C] = new_place()
 
 
 def _keep_up(

@@ -77,16 +77,25 @@ class Place(Generic[C]):
 
     `reserved` says that the pool has, or had when it was taken, a slot for it: it waits for a dial, not for a release.
     A slot whose old connection is being closed counts; the dial begins when that is done.
-    `waiter` is the runtime's: whatever it must wake.
+    `waiter` and `waking` are the runtime's: whom it must wake, and the waking that is under way.
     """
 
-    __slots__ = ("error", "member", "reserved", "waiter")
+    __slots__ = ("error", "member", "reserved", "waiter", "waking")
 
-    def __init__(self, reserved: bool = False) -> None:
-        self.member: Member[C] | None = None
-        self.error: BaseException | None = None
-        self.reserved = reserved
-        self.waiter: Any = None
+    # Without an `__init__`, because one is made for each wait and the call would cost more than all else in it.
+    member: Member[C] | None
+    error: BaseException | None
+    reserved: bool
+    waiter: Any
+    waking: Any
+
+
+def new_place(reserved: bool = False) -> Place[Any]:
+    """A place that has not ended."""
+    place: Place[Any] = Place()
+    place.member = place.error = place.waiter = place.waking = None
+    place.reserved = reserved
+    return place
 
 
 #: A member of no pool.
@@ -99,6 +108,7 @@ class Core(Generic[C]):
     # So many attributes that without slots CPython would no longer look them up at a fixed offset.
     __slots__ = (
         "_always_cold",
+        "_brimful",
         "_claimed",
         "_closed",
         "_closed_for",
@@ -162,19 +172,22 @@ class Core(Generic[C]):
 
         self._set_lanes()
 
-    # The fast lanes. A driver's acquire may pop `_lane_out` and note what it lends as `_latest`; its release may look
-    # there and in `_lane_in`, and append to `_warm`. As long as that finds anything, it is all there is to decide. When
-    # there is more (a waiter to serve, a reset to run, a check to make each time) the lanes are empty, and the driver
-    # comes here. `_latest` needs no test of its own: nothing can be lent through `_lane_out` while `_lane_in` is shut.
+    # The fast lanes. A driver's acquire may pop `_lane_out` and note what it lends as `_latest`; its release may append
+    # to `_warm` what is `_latest`, or anything while `_lane_in` is open. As long as they are open, that is all there is
+    # to decide. When there is more (a waiter to serve, a reset to run, a check to make each time) they are shut, and
+    # the driver comes here. `_latest` needs no test of its own: nothing is lent through `_lane_out` while `_lane_in` is
+    # shut. `_brimful` is the lane to the end of the queue: whoever comes while others wait, all slots are taken by
+    # members and no number of waiters is too many, waits behind them.
 
     def _set_lanes(self) -> None:
         shut = self._resets or self._closed or self._always_cold
         self._lane_out: deque[Member[C]] = deque() if shut or self._fifo else self._warm
         if shut or self._dialled or self._undialled:
-            self._lane_in: dict[int, Member[C]] = {}
+            self._lane_in = False
             self._latest = NOBODY
         else:
-            self._lane_in = self._members
+            self._lane_in = True
+        self._brimful = self._max_waiting is None and len(self._members) >= self._max_connections
 
     def expect_resets(self) -> None:
         """From now on every release passes through `give`."""
@@ -186,25 +199,29 @@ class Core(Generic[C]):
 
     def take(self, wait: bool) -> Member[C] | Place[C] | Sentinel:
         """An idle member; else a place in the queue; `CLOSED`; or `EXHAUSTED` where it may not wait."""
-        if self._closed:
-            return CLOSED
+        queue = self._undialled
+        if queue and self._brimful and wait:
+            place: Place[C] = Place()
+            place.member = place.error = place.waiter = place.waking = None
+            place.reserved = False
+            queue[place] = None
+            return place
         if self._warm or self._cold:
             member = self._pop_idle()
             member.uses += 1
             member.holder = BY_HAND
             return member
+        if self._closed:
+            return CLOSED
         if not wait:
             return EXHAUSTED
-        queue = self._undialled
         room = self._max_connections - len(self._members) - self._dialling  # with the slots that are being emptied
         reserved = len(queue) < room
         if self._max_waiting is not None and not reserved and len(queue) - max(0, room) >= self._max_waiting:
             return EXHAUSTED
-        place: Place[C] = Place(reserved)
-        first = not queue and not self._dialled
+        place = new_place(reserved)
         queue[place] = None
-        if first:
-            self._set_lanes()
+        self._set_lanes()
         return place
 
     def give(self, member: Member[C]) -> Place[C] | Sentinel | None:
@@ -331,6 +348,7 @@ class Core(Generic[C]):
         connection = member.connection
         del self._members[id(connection)]
         self._claimed[id(connection)] = connection
+        self._brimful = False
         member.holder = None
         self._closing += 1
         self._closed_for[reason] += 1
@@ -446,7 +464,7 @@ class Core(Generic[C]):
         members = self._members.values()
         idle = [*self._warm, *self._cold]
         waiters = [*self._dialled, *self._undialled]
-        lanes = self._lane_in is self._members
+        lanes = self._lane_in
         rules: dict[str, bool] = {
             "an idle connection, and somebody waits": not (idle and waiters),
             "somebody waits without a dial that could run": not self._undialled or self._closed or not self._may_dial(),
@@ -459,6 +477,8 @@ class Core(Generic[C]):
             "a waiter has his answer": all(p.member is None and p.error is None for p in waiters),
             "a warm connection is cold": self._always_cold or not any(m.cold for m in self._warm),
             "the lane for releases is open though there is more to decide": not lanes or not (waiters or self._closed),
+            "the lane to the queue is open though there may be room": not self._brimful
+            or (len(self._members) >= self._max_connections and self._max_waiting is None),
             "less than nothing is being closed": self._closing >= 0,
             "the latest is no member": self._latest is NOBODY or self._latest in members,
             "the latest could be released though there is more to decide": lanes or self._latest is NOBODY,

@@ -63,10 +63,12 @@ class Pool(BlockingPool[C]):
     :exc:`~gsocketpool.PoolError` as soon as they would have to wait: make one pool in each thread.
     """
 
-    __slots__ = ("__dict__", "_home", "_hub")
+    __slots__ = ("__dict__", "_home", "_hub", "_run_callback", "_timer")
 
     def _settle_in(self) -> None:
         self._hub = get_hub()
+        self._timer = self._hub.loop.timer
+        self._run_callback = self._hub.loop.run_callback
         self._home = _thread()
 
     def _park(self, place: Place[C], limit: float | None) -> None:
@@ -76,23 +78,24 @@ class Pool(BlockingPool[C]):
                 f"{self._label} was made in another thread, and serves the greenlets of that thread only: "
                 "make one in each thread"
             )
-        place.waiter = getcurrent()
-        if limit is None:
-            try:
-                hub.switch()
-            finally:
-                place.waiter = None
-        else:
-            timer = hub.loop.timer(limit)
-            timer.start(_resume, place)
-            try:
-                hub.switch()
-            finally:
-                place.waiter = None
+        place.waiter = switch = getcurrent().switch
+        timer = None
+        if limit is not None:
+            timer = self._timer(limit)
+            timer.start(switch)
+        try:
+            hub.switch()
+        finally:
+            if timer is not None:
                 timer.close()
+            place.waiter = None
+            if place.waking is not None:
+                place.waking.stop()  # if it is done, that is nothing
 
     def _wake(self, place: Place[C]) -> None:
-        self._hub.loop.run_callback(_resume, place)
+        if place.waiter is not None:
+            place.waking = self._run_callback(place.waiter)
+            place.waiter = None
 
     def _spawn(self, job: Callable[..., object], *args: object) -> object:
         if _thread() == self._home:
