@@ -14,7 +14,8 @@ from gsocketpool.connection import (
 )
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 from gsocketpool.pool import Pool
-from gsocketpool.stats import PoolStats
+from gsocketpool.retrying import retry
+from gsocketpool.stats import Holder, PoolStats
 
 __version__ = "1.0.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "Connection",
     "ConnectionNotFoundError",
     "EndOfStreamError",
+    "Holder",
     "LimitExceededError",
     "Pool",
     "PoolClosedError",
@@ -32,5 +34,6 @@ __all__ = [
     "TcpConnection",
     "UnixConnection",
     "Wrap",
+    "retry",
     "wrap",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["is_int", "is_seconds", "seconds", "whole_number"]
+__all__ = ["is_int", "is_seconds", "seconds", "share", "whole_number"]
 
 
 def is_int(value: object) -> bool:
@@ -32,4 +32,13 @@ def seconds(name: str, value: float, *, zero: bool) -> float:
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise ValueError(f"{name} must be {'0 or more' if zero else 'more than 0'} seconds, not {value!r}")
+    return value
+
+
+def share(name: str, value: float) -> float:
+    """A number from 0 to 1."""
+    if not (is_int(value) or isinstance(value, float)):
+        raise TypeError(f"{name} must be a number from 0 to 1, not {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")
     return value

@@ -11,20 +11,26 @@ interrupts. What must run in the borrower, `check()` and `reset()`, costs the co
 from __future__ import annotations
 
 import logging
+import os
+import random
+import socket
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from time import monotonic
 from types import EllipsisType, TracebackType
 from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
 
-from gsocketpool.arguments import is_seconds, seconds, whole_number
+from gsocketpool.arguments import is_seconds, seconds, share, whole_number
 from gsocketpool.connection import Wrap
 from gsocketpool.core import BY_HAND, CLOSED, NOBODY, RETIRED, RETURNING, Core, Member, Place, Sentinel, new_place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
+from gsocketpool.lifetime import NEVER, Limits, full_jitter
+from gsocketpool.loans import Loan
 from gsocketpool.operations import describe, operations_of
-from gsocketpool.stats import PoolStats
+from gsocketpool.stats import Holder, PoolStats
 
 if sys.version_info >= (3, 11):
     from sys import exception
@@ -44,6 +50,9 @@ logger = logging.getLogger("gsocketpool")
 
 #: Below this many seconds, `check_after_idle` checks each time: so fine a tick would cost more than the checks.
 FINEST_TICK: Final = 0.02
+
+#: The longest time between two ticks, where what was lent must be made up for, or a peer's hanging up be noticed.
+COARSEST_TICK: Final = 0.25
 
 
 # What a subclass must not define by mistake: the core's names that are no part of a pool's interface.
@@ -132,17 +141,35 @@ class BlockingPool(Core[C]):
     #: Seconds that a connection's ``close()`` may take before its slot is free all the same.
     close_grace: ClassVar[float] = 10.0
 
+    #: Seconds that a connection's ``keepalive()`` may take before it counts as failed.
+    keepalive_grace: ClassVar[float] = 10.0
+
     __slots__ = (
         "__weakref__",
         "_acquire_timeout",
+        "_alarm",
+        "_backoff",
         "_check_after_idle",
         "_discard_on",
+        "_drains",
         "_factory",
+        "_given_up",
+        "_leak_threshold",
+        "_loans",
         "_name",
+        "_next_reap",
+        "_next_tick",
         "_operations",
         "_options",
-        "_upkeep",
+        "_proving",
+        "_ready",
+        "_reap_every",
+        "_reaping",
+        "_reclaim",
+        "_rest_until",
+        "_tick",
         "_usual_limit",
+        "_wakes_at",
     )
 
     def __init__(
@@ -161,6 +188,15 @@ class BlockingPool(Core[C]):
         max_connecting: int = 8,
         max_waiting: int | None = None,
         order: str = "lifo",
+        min_idle: int = 0,
+        idle_timeout: float | None = None,
+        max_lifetime: float | None = None,
+        lifetime_jitter: float = 0.1,
+        max_uses: int | None = None,
+        keepalive: float | None = None,
+        backoff: tuple[float, float] = (0.1, 30),
+        leak_threshold: float | None = None,
+        reclaim: bool = False,
     ) -> None:
         if not callable(factory):
             raise TypeError(f"factory must be a Connection class or another callable, not {factory!r}")
@@ -190,14 +226,38 @@ class BlockingPool(Core[C]):
             whole_number("max_waiting", max_waiting)
         if order not in ("lifo", "fifo"):
             raise ValueError(f"order must be 'lifo' or 'fifo', not {order!r}")
+        whole_number("min_idle", min_idle)
+        if min_idle > max_connections:
+            raise ValueError(f"min_idle must not be more than max_connections ({max_connections}), not {min_idle}")
+        for parameter, limit in (
+            ("idle_timeout", idle_timeout),
+            ("max_lifetime", max_lifetime),
+            ("keepalive", keepalive),
+            ("leak_threshold", leak_threshold),
+        ):
+            if limit is not None:
+                seconds(parameter, limit, zero=False)
+        share("lifetime_jitter", lifetime_jitter)
+        if max_uses is not None:
+            whole_number("max_uses", max_uses, least=1)
+        if not (isinstance(backoff, tuple) and len(backoff) == 2):
+            raise TypeError(f"backoff must be two numbers of seconds, (first, longest), not {backoff!r}")
+        first, longest = (seconds("backoff", each, zero=False) for each in backoff)
+        if first > longest:
+            raise ValueError(f"backoff must be (first, longest) with the shorter one first, not {backoff!r}")
+        if reclaim not in (False, True):
+            raise TypeError(f"reclaim must be True or False, not {reclaim!r}")
 
         always_check = check_after_idle is not None and check_after_idle < FINEST_TICK
         super().__init__(
             max_connections,
             max_connecting=max_connecting,
             max_waiting=max_waiting,
+            min_idle=min_idle,
+            limits=Limits(idle_timeout, max_lifetime, lifetime_jitter, max_uses, keepalive),
             fifo=order == "fifo",
             always_cold=always_check,
+            records=reclaim or leak_threshold is not None,
         )
         self._factory = factory
         self._options: dict[str, Any] = dict(options or {})
@@ -208,19 +268,35 @@ class BlockingPool(Core[C]):
         self._check_after_idle = check_after_idle
         self._discard_on = discard_on
 
+        self._backoff = (first, longest)
+        self._leak_threshold = leak_threshold
+        self._reclaim = reclaim
+        self._loans: OrderedDict[Member[C], None] = OrderedDict()  # none of them reported so far, the oldest first
+        self._ready: list[Place[C]] = []
+        self._drains: list[Place[C]] = []
+        # No longer the pool's though their borrowers may still have them: giving one back is no mistake.
+        self._given_up: dict[int, C] = {}
+        self._proving = 0
+        self._reaping = False
+        self._rest_until = NEVER
+
         self._settle_in()
-        self._upkeep: list[object] = []
-        if check_after_idle is not None and not always_check:
-            # Twice in that time, so that none idles longer between two ticks even when a tick is late.
-            self._keep_up(check_after_idle / 2, type(self).cool)
-        if reap_expired_connections:
-            self._keep_up(reap_interval, type(self).drop_expired)
+        self._reap_every = reap_interval if reap_expired_connections else NEVER
+        self._tick = self._tick_for(always_check)
+        self._next_tick = self._next_reap = self._wakes_at = 0.0
+        self._alarm: Place[C] = new_place()
+        _pools[id(self)] = self
+        if min(self._tick, self._reap_every) < NEVER or max_lifetime is not None:
+            self._next_tick = monotonic() + self._tick
+            self._next_reap = monotonic() + self._reap_every
+            self._spawn(_keep_up, weakref.ref(self), self._alarm, self._doze)
         if initial_connections:
             try:
                 self._fill(initial_connections)
             except BaseException:
                 self.close()
                 raise
+        self._start_dials()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -270,7 +346,7 @@ class BlockingPool(Core[C]):
             self._warm.append(member)
             return
         member = self._members.get(id(conn), NOBODY)
-        if member.holder is not BY_HAND or self._resets or exception() is not None:
+        if member.holder is not BY_HAND or not self._plain or exception() is not None:
             self._release(conn)
         elif self._lane_in:
             member.holder = None
@@ -280,7 +356,7 @@ class BlockingPool(Core[C]):
             if type(outcome) is Place:
                 self._wake(outcome)
             elif outcome is RETIRED:
-                self._close_all([conn], wait=False)
+                self._close_all([member], wait=False)
 
     def connection(self, timeout: float | EllipsisType | None = ...) -> Lease[C]:
         """A context manager that borrows a connection and gives it back.
@@ -299,18 +375,21 @@ class BlockingPool(Core[C]):
         """
         member = self._members.get(id(conn))
         if member is None:
+            if self._given_up.pop(id(conn), None) is not None:
+                return
             raise ConnectionNotFoundError(
                 f"{self._label} has no such connection (dropped, or another pool's?): {describe(conn)}"
             )
+        self._end_loan(member)
         granted_to = self.retire(member, "dropped")
         self._start_dials()
         if granted_to is not None:
             self._tell_closed(granted_to)
-        self._close_all([conn], wait=True)
+        self._close_all([member], wait=True)
 
     def drop_expired(self) -> None:
         """Close the idle connections whose ``is_expired()`` is true. The reaper does so every `reap_interval`."""
-        expired: list[C] = []
+        expired: list[Member[C]] = []
         finished = False
         try:
             for _ in range(self.idle):
@@ -319,19 +398,94 @@ class BlockingPool(Core[C]):
                     break
                 if self._is_expired(member):
                     self.retire(member, "expired")
-                    expired.append(member.connection)
+                    expired.append(member)
                 elif member.holder is not None:  # else dropped, or failed, meanwhile
-                    self._settle(self.inspected(member), member.connection)
+                    self._settle(self.inspected(member), member)
             finished = True
         finally:
             self._close_all(expired, wait=finished)
 
-    def close(self) -> None:
+    def clear(self) -> None:
+        """Retire all that was opened before this call, or is being opened: close what idles, and the rest as it comes
+        back. Returns when the idle ones are closed.
+
+        For a server that answers and is the wrong one: after a failover, or when a name means another address now.
+        """
+        self._close_all(self.retire_all(), wait=True)
+
+    def resize(self, max_connections: int) -> None:
+        """Change `max_connections`. More serves whoever waits at once. Less closes idle connections, those that idled
+        longest first, and more as they come back; until then there may be more than that. Returns at once.
+
+        :raises TypeError: it is no whole number.
+        :raises ValueError: it is less than 1.
+        """
+        self._close_all(self.set_cap(whole_number("max_connections", max_connections, least=1)), wait=False)
+        self._start_dials()
+
+    def pause(self) -> None:
+        """Lend nothing and dial nothing until :meth:`resume`. Whoever asks waits, as long as he can; what is lent comes
+        back as usual. PgBouncer's idea: restart a server, and nobody fails. Pausing twice is fine."""
+        self.hold()
+
+    def resume(self) -> None:
+        """Lend again, first to whoever waits, in the order in which they came."""
+        for place in self.unhold():
+            self._wake(place)
+        self._start_dials()
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Return when `min_idle` connections are open.
+
+        :param timeout: seconds to wait for that; None waits for ever.
+        :raises PoolExhaustedError: they were not open in that time; `last_error` says why.
+        :raises PoolClosedError: the pool is closed.
+        """
+        if timeout is not None:
+            seconds("timeout", timeout, zero=True)
+        started = monotonic()
+        place: Place[C] = new_place()
+        self._ready.append(place)
+        try:
+            while not self._closed and self.size < min(self._min_idle, self._max_connections):
+                left = None if timeout is None else started + timeout - monotonic()
+                if left is not None and left <= 0:
+                    raise self._exhausted_error(started, f"{self.size} of min_idle={self._min_idle} open")
+                self._park(place, left)
+        finally:
+            self._ready.remove(place)
+        if self._closed:
+            raise PoolClosedError(f"{self._label} is closed")
+
+    def holders(self) -> list[Holder[C]]:
+        """Who has borrowed what, whoever has it longest first.
+
+        Since when, by which greenlet and where is known while `leak_threshold` or `reclaim` is set, else None.
+        """
+        now = monotonic()
+        found = []
+        for member in self._members.values():
+            if member.holder is BY_HAND or isinstance(member.holder, Lease):
+                loan: Loan | None = member.loan
+                if loan is None:
+                    found.append(Holder(member.connection, None, None, None))
+                else:
+                    found.append(Holder(member.connection, loan.borrower, now - loan.since, loan.stack()))
+        return sorted(found, key=lambda holder: holder.held or 0.0, reverse=True)
+
+    def close(self, timeout: float | None = None) -> None:
         """Close the pool: idle connections now, borrowed ones as they return, dials as they end.
 
         Whoever waits gets :exc:`PoolClosedError`. Returns when the idle ones are closed. Closing twice is fine.
+
+        :param timeout: seconds to wait until what is borrowed has come back, and all is closed; what is still borrowed
+            then is closed under its borrower's hands. None does not wait for borrowers.
         """
+        if timeout is not None:
+            seconds("timeout", timeout, zero=True)
         self._shut(wait=True)
+        if timeout is not None:
+            self._drain(timeout)
 
     @property
     def closed(self) -> bool:
@@ -364,16 +518,18 @@ class BlockingPool(Core[C]):
 
     def __del__(self) -> None:
         # Called by the collector, in any thread and in the middle of anything: nothing here may wait.
-        if hasattr(self, "_upkeep") and not sys.is_finalizing():
+        if hasattr(self, "_alarm") and not sys.is_finalizing():
             self._shut(wait=False)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a pool cannot be copied or pickled: make another one")
 
     def __repr__(self) -> str:
-        if not hasattr(self, "_upkeep"):
+        if not hasattr(self, "_alarm"):
             return f"<{type(self).__name__} that was refused>"
         state = "closed" if self._closed else f"max {self._max_connections}"
+        if self._paused and not self._closed:
+            state += ", paused"
         return (
             f"<{self._label}: {self.idle} idle, {self.in_use} in use, {self._dialling} opening, "
             f"{self.waiting} waiting, {state}>"
@@ -416,12 +572,14 @@ class BlockingPool(Core[C]):
                 except BaseException:
                     unused = self.abandon(found)
                     if unused is not None:
-                        self._settle(self.give(unused), unused.connection)
+                        self._settle(self.give(unused), unused)
                     raise
                 found = found.member or self._ended_without(found, started)
             if type(found) is Member:
                 if not found.cold or self._passes_check(found):
                     found.holder = holder
+                    if self._records:
+                        self._begin_loan(found)
                     return found
                 if limit and not lenient and monotonic() >= started + limit:
                     raise self._exhausted_error(started)
@@ -477,6 +635,7 @@ class BlockingPool(Core[C]):
 
     def _passes_check(self, member: Member[C]) -> bool:
         member.cold = False
+        self._look_away(member)
         if self._check_after_idle is None:
             return True
         try:
@@ -490,19 +649,23 @@ class BlockingPool(Core[C]):
         if not passed:
             self._reject(member)
             return False
+        if member.fate is not None:  # cleared, or too old, meanwhile
+            member.uses -= 1
+            self._settle(self.give(member), member)
+            return False
         return member.holder is not None  # else dropped meanwhile
 
     def _reject(self, member: Member[C]) -> None:
         if member.holder is not None:
             self.reject(member)
-            self._close_all([member.connection], wait=False)
+            self._close_all([member], wait=False)
 
-    def _exhausted_error(self, started: float) -> PoolExhaustedError:
+    def _exhausted_error(self, started: float, what: str = "no connection to lend") -> PoolExhaustedError:
         self._exhausted += 1
         stats = self.stats()
         waited = monotonic() - started
         text = (
-            f"{self._label} has no connection to lend after {waited:.3f} s: {stats.in_use} of at most "
+            f"{self._label} has {what} after {waited:.3f} s: {stats.in_use} of at most "
             f"{stats.max_connections} in use, {stats.idle} idle, {stats.opening} opening, {self._closing} closing, "
             f"{stats.waiting} others waiting"
         )
@@ -510,7 +673,19 @@ class BlockingPool(Core[C]):
             text += f"; the last connect error was {self._last_error!r}"
         if self._max_waiting is not None and stats.waiting >= self._max_waiting:
             text += f"; as many wait as max_waiting={self._max_waiting} allows"
-        if stats.opening:
+        loans: list[Loan] = [member.loan for member in self._members.values() if member.loan is not None]
+        if loans:
+            longest = min(loans, key=lambda loan: loan.since)
+            held = monotonic() - longest.since
+            text += f"; {longest.borrower!r} has held one for {held:.3f} s, borrowed {longest.where()}"
+        if self._paused:
+            text += "; the pool is paused: resume() lends again"
+        elif self._is_deadlocked():
+            text += (
+                "; a deadlock: every borrower is waiting for a further connection of this pool; borrow all that a task "
+                "needs at once, or fewer at a time"
+            )
+        elif stats.opening:
             text += "; give the dial longer (timeout=), or bound it (connect_timeout=)"
         elif self.total < self._max_connections:
             text += "; there is room for more, but none was idle, and timeout=0 opens none"
@@ -523,6 +698,8 @@ class BlockingPool(Core[C]):
     def _release(self, connection: C) -> None:
         member = self._members.get(id(connection))
         if member is None:
+            if self._given_up.pop(id(connection), None) is not None:
+                return
             raise ConnectionNotFoundError(
                 f"{self._label} has no such connection (dropped, or another pool's?): {describe(connection)}"
             )
@@ -538,16 +715,15 @@ class BlockingPool(Core[C]):
         error = exception()
         if error is not None and self._discards(type(error)):
             self._discard(member)
-        elif self._resets:
-            self._return(member)
         else:
-            self._settle(self.give(member), connection)
+            self._return(member)
 
     def _discards(self, kind: type[BaseException]) -> bool:
         return not issubclass(kind, Exception) or issubclass(kind, self._discard_on)
 
     def _return(self, member: Member[C]) -> None:
         """Reset it where that is wanted, then give it back."""
+        self._end_loan(member)
         if self._resets and not self._closed:
             member.holder = RETURNING
             try:
@@ -560,19 +736,91 @@ class BlockingPool(Core[C]):
                 return
             if member.holder is None:
                 return  # dropped meanwhile
-        self._settle(self.give(member), member.connection)
+        self._settle(self.give(member), member)
 
-    def _discard(self, member: Member[C]) -> None:
+    def _discard(self, member: Member[C], reason: str = "discarded") -> None:
         if member.holder is not None:
-            self.retire(member, "discarded")
-            self._close_all([member.connection], wait=False)
+            self._end_loan(member)
+            self.retire(member, reason)
+            self._close_all([member], wait=False)
 
-    def _settle(self, outcome: Place[C] | Sentinel | None, connection: C) -> None:
-        """Carry out what `give`, `opened` or `inspected` answered."""
+    def _settle(self, outcome: Place[C] | Sentinel | None, member: Member[C]) -> None:
+        """Carry out what `give` or `inspected` answered."""
         if type(outcome) is Place:
             self._wake(outcome)
         elif outcome is RETIRED:
-            self._close_all([connection], wait=False)
+            self._close_all([member], wait=False)
+
+    # Who has borrowed what: noted only where `leak_threshold` or `reclaim` asks for it
+
+    def _begin_loan(self, member: Member[C]) -> None:
+        loan = member.loan = Loan(self._borrower(), monotonic())
+        if self._leak_threshold is not None:
+            self._loans[member] = None
+        if self._reclaim:
+            ref = weakref.ref(self)
+
+            def ended(_: object) -> None:
+                pool = ref()
+                if pool is not None and member.loan is loan:
+                    pool._spawn(pool._take_back, member, loan)
+
+            loan.unlink = self._when_over(loan.borrower, ended)
+
+    def _end_loan(self, member: Member[C]) -> None:
+        loan: Loan | None = member.loan
+        if loan is None:
+            return
+        member.loan = None
+        self._loans.pop(member, None)
+        if loan.unlink is not None:
+            loan.unlink()
+        if loan.reported:
+            logger.warning(
+                "%s: the connection that %r had for so long came back after %.1f s: %s",
+                self._label,
+                loan.borrower,
+                monotonic() - loan.since,
+                describe(member.connection),
+            )
+
+    def _report_leaks(self, now: float) -> None:
+        assert self._leak_threshold is not None
+        while self._loans:
+            member = next(iter(self._loans))
+            loan: Loan = member.loan
+            if loan.since + self._leak_threshold > now:
+                break
+            del self._loans[member]
+            loan.reported = True
+            logger.warning(
+                "%s: %r has held a connection for %.1f s, longer than leak_threshold=%g: %s; it was borrowed here:\n%s",
+                self._label,
+                loan.borrower,
+                now - loan.since,
+                self._leak_threshold,
+                describe(member.connection),
+                loan.stack(),
+            )
+
+    def _take_back(self, member: Member[C], loan: Loan) -> None:
+        if member.loan is loan:
+            logger.warning(
+                "%s: %r ended without releasing a connection, which is closed: %s; it was borrowed here:\n%s",
+                self._label,
+                loan.borrower,
+                describe(member.connection),
+                loan.stack(),
+            )
+            loan.reported = False
+            self._discard(member, "reclaimed")
+
+    def _is_deadlocked(self) -> bool:
+        """Whether everybody who has a connection waits for one, including whoever asks."""
+        if not self._records or self.in_use < self._max_connections:
+            return False
+        waiting = {id(self._borrower()), *(id(self._waiter(place)) for place in [*self._dialled, *self._undialled])}
+        return all(member.loan and id(member.loan.borrower) in waiting for member in self._members.values())
 
     # Dials
 
@@ -583,9 +831,19 @@ class BlockingPool(Core[C]):
             except BaseException as error:  # too deep a recursion, say
                 self.failed(place, error)
                 raise
+        while self._min_idle and self.permit_spare():
+            try:
+                self._spawn(self._dial_spare)
+            except BaseException as error:
+                self.failed(None, error)
+                raise
 
-    def _dial(self, place: Place[C] | None) -> BaseException | None:
-        """Redeem a permit. Answers the error if it failed."""
+    def _dial(self, place: Place[C] | None, spare: bool = False) -> BaseException | None:
+        """Redeem a permit. Answers the error if it failed.
+
+        :param spare: it is for the stock of idle connections.
+        """
+        epoch, generation = self._epoch, self._generation
         problem: BaseException | None = None
         try:
             connection = self._create_connection()
@@ -594,23 +852,55 @@ class BlockingPool(Core[C]):
             ends_the_program = isinstance(error, (KeyboardInterrupt, SystemExit))
             fit = self._may_raise(error) and not ends_the_program
             problem = error if fit else PoolError(f"{self._label}: a dial was killed")
-            waiter = self.failed(place, problem)
-            if waiter is not None:
-                self._wake(waiter)
-            elif place is not None:
-                self._report("a dial failed that nobody waits for any more", problem)
+            if epoch == self._epoch:
+                self._failed(place, problem, spare)
             if ends_the_program:
                 raise
         else:
-            if self._operations.resets(connection):
-                self.expect_resets()
-            self._settle(self.opened(connection), connection)
+            if epoch == self._epoch:
+                self._opened_one(connection, generation)
+            else:  # begun by the process of which this one is a copy
+                self._close_half_open(connection)
         finally:
             self._start_dials()
         try:
             return problem
         finally:
             del problem  # it refers to this frame
+
+    def _dial_spare(self) -> None:
+        self._dial(None, spare=True)
+
+    def _failed(self, place: Place[C] | None, problem: BaseException, spare: bool) -> None:
+        waiter = self.failed(place, problem, spare)
+        if spare:
+            now = monotonic()
+            if self._rest_until == NEVER:
+                self._rest_until = now + full_jitter(self._setbacks, *self._backoff, random.random)
+                self._hurry(self._rest_until)
+            text = f"a dial for min_idle={self._min_idle} failed; the next one in {self._rest_until - now:.2f} s"
+            self._report(text, problem)
+        elif waiter is not None:
+            self._wake(waiter)
+        elif place is not None:
+            self._report("a dial failed that nobody waits for any more", problem)
+
+    def _opened_one(self, connection: C, generation: int) -> None:
+        if self._operations.resets(connection):
+            self.expect_resets()
+        now = monotonic()
+        retire_at = self._limits.retire_at(now, random.random)
+        look_at = self._limits.next_look(retire_at, now, now)
+        outcome = self.opened(connection, generation, retire_at, look_at)
+        member = self._members.get(id(connection))
+        if outcome is RETIRED:
+            self._close_all([Member(connection)], wait=False)
+        elif member is not None:
+            self._settle(outcome, member)
+        self._rest_until = NEVER
+        self._hurry(look_at)
+        for place in self._ready:
+            self._wake(place)
 
     def _vet(self, connection: C) -> None:
         self._operations.vet(connection)
@@ -655,23 +945,42 @@ class BlockingPool(Core[C]):
         idle, places = self.shut()
         for place in places:
             self._tell_closed(place)
-        for task in self._upkeep:
-            self._stop(task)
+        for place in self._ready:
+            self._wake(place)
+        self._rouse(self._alarm)
         self._close_all(idle, wait)
 
     def _tell_closed(self, place: Place[C]) -> None:
         place.error = PoolClosedError(f"{self._label} was closed while this borrower waited")
         self._wake(place)
 
-    def _close_all(self, connections: list[C], wait: bool) -> None:
+    def _drain(self, timeout: float) -> None:
+        deadline = monotonic() + timeout
+        place: Place[C] = new_place()
+        self._drains.append(place)
+        try:
+            while self.total and (left := deadline - monotonic()) > 0:
+                self._park(place, left)
+        finally:
+            self._drains.remove(place)
+        kept = list(self._members.values())
+        for member in kept:
+            self._end_loan(member)
+            self._given_up[id(member.connection)] = member.connection
+            self.retire(member, "closed")
+        self._close_all(kept, wait=True)
+
+    def _close_all(self, members: list[Member[C]], wait: bool) -> None:
         """Close them side by side, each in a greenlet of its own: their slots are free when that is done."""
-        tally: _Tally[C] = _Tally(len(connections))
-        for connection in connections:
-            self._spawn(self._close_one, connection, tally)
+        tally: _Tally[C] = _Tally(len(members))
+        for member in members:
+            self._spawn(self._close_one, member, tally, self._epoch)
         while wait and tally.left:
             self._park(tally.place, None)
 
-    def _close_one(self, connection: C, tally: _Tally[C]) -> None:
+    def _close_one(self, member: Member[C], tally: _Tally[C], epoch: int) -> None:
+        connection = member.connection
+        self._look_away(member)
         try:
             with self._bounded(self.close_grace):
                 self._operations.close(connection)
@@ -680,16 +989,155 @@ class BlockingPool(Core[C]):
         except BaseException as error:
             self._report("close() failed", error)
         finally:
-            self.freed(connection)
-            self._start_dials()
+            if epoch == self._epoch:
+                self.freed(connection)
+                self._start_dials()
             tally.left -= 1
             if not tally.left:
                 self._wake(tally.place)
+            if self._drains and not self.total:
+                for place in self._drains:
+                    self._wake(place)
 
-    # Upkeep
+    def _begin_anew(self) -> None:
+        """In the child of a fork: leave the parent's connections alone, for good.
 
-    def _keep_up(self, every: float, action: Callable[[Any], None]) -> None:
-        self._upkeep.append(self._spawn(_keep_up, weakref.ref(self), self._sleep, every, action))
+        What the child may still do with one, by a reference that somebody has kept or in a greenlet that was using it,
+        must not reach the peer. So the child's descriptor is made to lead nowhere; and the object is kept, since its
+        finalizer might say something to the peer.
+        """
+        watched = [member for member in self._members.values() if member.watch is not None]
+        for member in watched:
+            self._look_away(member)
+        for member in self._members.values():
+            member.loan = None
+        self._loans.clear()
+        connections = self.forget()
+        self._given_up.update((id(connection), connection) for connection in connections)
+        if not connections:
+            return
+        dead_end, other = socket.socketpair()
+        other.close()
+        dead_end.setblocking(False)
+        try:
+            for connection in connections:
+                try:
+                    descriptor = self._operations.fileno(connection)
+                    if descriptor is not None and descriptor >= 0:
+                        os.dup2(dead_end.fileno(), descriptor, inheritable=False)
+                except Exception as error:
+                    logger.debug("%s: fileno() failed", self._label, exc_info=error)
+        finally:
+            dead_end.close()
+        if not self._closed:
+            self._start_dials()
+
+    # Upkeep: one greenlet for each pool, that sleeps until something is due
+
+    def _tick_for(self, always_check: bool) -> float:
+        """Seconds between two ticks; each tells which connections nobody has touched since the one before."""
+        wishes = [
+            wish / 10
+            for wish in (self._limits.idle_timeout, self._limits.keepalive, self._leak_threshold)
+            if wish is not None
+        ]
+        if self._check_after_idle is not None:
+            # Twice in that time, so that none idles longer between two ticks even when a tick is late.
+            wishes.append(COARSEST_TICK if always_check else self._check_after_idle / 2)
+        if self._min_idle:
+            wishes.append(COARSEST_TICK)
+        return max(FINEST_TICK / 2, min(wishes)) if wishes else NEVER
+
+    def _tend(self) -> float:
+        """Do what is due. Answers for how many seconds there is nothing."""
+        now = monotonic()
+        if now >= self._next_tick:
+            self._next_tick = now + self._tick
+            for member in self.cool(now):
+                self._look_at(member)
+        self._close_all(self.audit(now), wait=False)
+        self._start_proving()
+        if now >= self._next_reap:
+            self._next_reap = now + self._reap_every
+            if not self._reaping:
+                self._reaping = True
+                self._spawn(self._reap)
+        if now >= self._rest_until:
+            self._rest_until = NEVER
+            self.rested()
+        if self._leak_threshold is not None:
+            self._report_leaks(now)
+        self._start_dials()
+        self._wakes_at = min(self._next_tick, self._next_reap, self._rest_until, self.next_audit())
+        return max(0.0, self._wakes_at - monotonic())
+
+    def _hurry(self, when: float) -> None:
+        """Something is due then, which may be sooner than all that was known when the upkeep went to sleep."""
+        if when < self._wakes_at:
+            self._wakes_at = when
+            self._wake(self._alarm)
+
+    def _reap(self) -> None:
+        try:
+            self.drop_expired()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            if not self._may_raise(error):
+                raise
+            self._report("drop_expired() failed", error)
+        finally:
+            self._reaping = False
+
+    def _start_proving(self) -> None:
+        while self._proving < self._max_connecting and (member := self.prove()) is not None:
+            self._proving += 1
+            self._spawn(self._prove, member)
+
+    def _prove(self, member: Member[C]) -> None:
+        self._look_away(member)
+        alive = False
+        try:
+            with self._bounded(self.keepalive_grace):
+                alive = bool(self._operations.keepalive(member.connection))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self._report("keepalive() failed; the connection is closed", error)
+        finally:
+            self._proving -= 1
+            if not alive:
+                self._discard(member, "stale")
+            elif member.holder is not None:  # else dropped meanwhile
+                self._settle(self.inspected(member, first=True), member)
+                if member.holder is None:
+                    self._look_at(member)
+            self._start_proving()
+
+    def _look_at(self, member: Member[C]) -> None:
+        """Have the hub tell when the peer of an idle connection hangs up, or says something unasked."""
+        if self._check_after_idle is None or self._closed:
+            return
+        try:
+            descriptor = self._operations.fileno(member.connection)
+        except Exception as error:
+            logger.debug("%s: fileno() failed", self._label, exc_info=error)
+            return
+        if descriptor is not None and descriptor >= 0:
+            member.watch = self._watch(descriptor, member)
+
+    def _look_away(self, member: Member[C]) -> None:
+        if member.watch is not None:
+            self._unwatch(member.watch)
+            member.watch = None
+
+    def _stirs(self, member: Member[C]) -> None:
+        """There is something to read on a connection that idles."""
+        if self.take_out(member):
+            member.uses += 1  # as if it were lent: whoever rejects it takes that back
+            if self._passes_check(member):
+                member.uses -= 1
+                self._settle(self.inspected(member, first=True), member)
 
     # Saying what goes on
 
@@ -718,13 +1166,34 @@ class BlockingPool(Core[C]):
         """Run a job in the background, soon, and again if it is killed before it could begin."""
         raise NotImplementedError
 
-    def _stop(self, task: object) -> None:
-        """End a background job that sleeps; never waits for it."""
+    def _rouse(self, place: Place[C]) -> None:
+        """As `_wake`, from any thread."""
         raise NotImplementedError
 
     @staticmethod
-    def _sleep(duration: float) -> None:
-        """Stand still for so many seconds, without keeping the program alive for it."""
+    def _doze(place: Place[Any], duration: float) -> None:
+        """As `_park`, for the upkeep: does not keep the program alive for it. `NEVER` sleeps until it is woken."""
+        raise NotImplementedError
+
+    def _watch(self, descriptor: int, member: Member[C]) -> object:
+        """Have `_stirs` called once, in the background, when there is something to read from a descriptor."""
+        raise NotImplementedError
+
+    def _unwatch(self, watch: Any) -> None:
+        """No longer; the descriptor may be closed now."""
+        raise NotImplementedError
+
+    def _borrower(self) -> object:
+        """Whoever is running."""
+        raise NotImplementedError
+
+    def _waiter(self, place: Place[C]) -> object:
+        """Whoever stands still at `place`."""
+        raise NotImplementedError
+
+    def _when_over(self, borrower: object, callback: Callable[[object], None]) -> Callable[[], object] | None:
+        """Have `callback` called when that one has ended; answers how to have it not called. None if one cannot know.
+        The callback must not wait."""
         raise NotImplementedError
 
     def _bounded(self, limit: float) -> AbstractContextManager[object]:
@@ -747,27 +1216,35 @@ class _Tally(Generic[C]):
         self.place: Place[C] = new_place()
 
 
-def _keep_up(
-    ref: weakref.ref[BlockingPool[Any]],
-    sleep: Callable[[float], None],
-    every: float,
-    action: Callable[[BlockingPool[Any]], None],
-) -> None:
-    """Do something for a pool now and then, for as long as somebody refers to it."""
+def _keep_up(ref: weakref.ref[BlockingPool[Any]], alarm: Place[Any], doze: Callable[[Place[Any], float], None]) -> None:
+    """Tend a pool for as long as somebody refers to it."""
     while (pool := ref()) is not None and not pool.closed:
-        del pool
-        sleep(every)
-        pool = ref()
-        if pool is not None and not pool.closed:
-            try:
-                action(pool)
-            except (KeyboardInterrupt, SystemExit):
+        pause = COARSEST_TICK
+        try:
+            pause = pool._tend()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            if not pool._may_raise(error):
                 raise
-            except BaseException as error:
-                if not pool._may_raise(error):
-                    raise
-                pool._report("upkeep failed", error)
+            pool._report("upkeep failed", error)
         del pool
+        doze(alarm, pause)
+
+
+# After a fork
+
+_pools: weakref.WeakValueDictionary[int, BlockingPool[Any]] = weakref.WeakValueDictionary()
+
+
+def _begin_anew() -> None:
+    """In the child of a fork: all sockets are the parent's."""
+    for pool in list(_pools.values()):
+        pool._begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _name_of(factory: object) -> str:

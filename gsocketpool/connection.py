@@ -120,9 +120,18 @@ class Connection:
     def keepalive(self) -> bool:
         """Make sure that neither the peer nor anything on the way gives the connection up: by default :meth:`check`.
 
-        Made for idle connections: False or an exception is to discard the connection. No pool of this release calls it.
+        A pool with ``keepalive`` calls it on idle connections, in a greenlet of its own: it may wait for the peer's
+        answer. False or an exception discards the connection; so does taking longer than ``Pool.keepalive_grace``.
         """
         return self.check()
+
+    def fileno(self) -> int | None:
+        """Return the descriptor of the socket, None if there is none, or none is known: the default.
+
+        With it a pool notices that a peer hung up while the connection idles, without waiting for a borrower; and after
+        a fork it can cut the child's copy off.
+        """
+        return None
 
 
 # Any object can be pooled
@@ -144,12 +153,13 @@ class Wrap(Generic[C]):
     check: Callable[[C], object] | None
     reset: Callable[[C], object] | None
     keepalive: Callable[[C], object] | None
+    fileno: Callable[[C], int | None] | None = None
 
     def __post_init__(self) -> None:
         for name in ("open", "close"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be callable, not {getattr(self, name)!r}")
-        for name in ("check", "reset", "keepalive"):
+        for name in ("check", "reset", "keepalive", "fileno"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be callable or None, not {getattr(self, name)!r}")
 
@@ -164,6 +174,7 @@ def wrap(
     check: Callable[[C], object] | None = None,
     reset: Callable[[C], object] | None = None,
     keepalive: Callable[[C], object] | None = None,
+    fileno: Callable[[C], int | None] | None = None,
 ) -> Wrap[C]:
     """Say how to pool objects that are no :class:`Connection`.
 
@@ -177,11 +188,13 @@ def wrap(
     :param close: called with the object when its time is over. By default its own ``close()``.
     :param check: called with an object that idled; says whether it can be lent. Must not block. None: it can.
     :param reset: called with an object that was given back; an exception discards the object. None: nothing to do.
-    :param keepalive: made for idle objects: False or an exception is to discard the object. None: ``check``. No pool of
-        this release calls it.
+    :param keepalive: called with an object that has idled for the pool's ``keepalive`` seconds; may wait for the peer.
+        False or an exception discards the object. None: ``check``.
+    :param fileno: called with an object; returns the descriptor of its socket, or None. See :meth:`Connection.fileno`.
+        None: the object's own ``fileno()``, if its class has one.
     :raises TypeError: if one of them cannot be called.
     """
-    return Wrap(open, close, check, reset, keepalive)
+    return Wrap(open, close, check, reset, keepalive, fileno)
 
 
 # Byte streams
@@ -211,6 +224,7 @@ class StreamConnection(Connection):
         self._buffer = bytearray()  # came after a separator, and nobody has asked for it yet
         self._opened_at = 0.0
         self._attempt: object = None  # the open() that is under way, if it has not been called off
+        self._unready: _Socket | None = None  # what it is connecting
 
     # Open and closed
 
@@ -235,6 +249,8 @@ class StreamConnection(Connection):
             if self._attempt is attempt:
                 self._attempt = None
             raise
+        finally:
+            self._unready = None
         if self._attempt is not attempt:
             sock.close()
             raise ConnectionAbortedError(f"the connection to {self._endpoint} was closed while it was being opened")
@@ -298,6 +314,12 @@ class StreamConnection(Connection):
             return True
         finally:
             tls.settimeout(timeout)
+
+    def fileno(self) -> int | None:
+        """Return the socket's descriptor, also while it is being connected; None if there is no socket."""
+        sock = self._sock or self._unready
+        descriptor = -1 if sock is None else sock.fileno()
+        return None if descriptor < 0 else descriptor
 
     # Use
 
@@ -492,7 +514,7 @@ class StreamConnection(Connection):
         self, family: int, proto: int, address: Any, seconds: float | None
     ) -> tuple[_Socket, ssl.SSLSocket | None]:
         deadline = None if seconds is None else monotonic() + seconds
-        sock = self._new_socket(family, proto)
+        sock = self._unready = self._new_socket(family, proto)
         try:
             with self._time_limit(seconds):
                 sock.settimeout(seconds)
@@ -685,7 +707,7 @@ class TcpConnection(StreamConnection):
             raise ConnectionRefusedError(f"nobody listens on port {self._port}, the socket met itself")
         if self._context is None:
             return None
-        tls = self._wrap_tls(sock, self._context, self._server_hostname)
+        self._unready = tls = self._wrap_tls(sock, self._context, self._server_hostname)
         try:
             _shake_hands(tls, deadline)
         except BaseException:

@@ -12,10 +12,11 @@ The rules of this file:
 
 What holds between any two calls (`Core.faults` says which of these is broken; the tests ask it after every step):
 
-- an idle connection means that nobody waits for one;
-- somebody waits without a dial only while the pool is full or as many dials run as may run at once, once the driver
-  has used up what `permit` offers;
-- ``idle + in use + dialling + closing <= max_connections``: a slot is free when its socket is closed, not before;
+- an idle connection means that nobody waits for one, unless the pool is paused;
+- somebody waits without a dial only while the pool is full or paused, or as many dials run as may run at once, once the
+  driver has used up what `permit` offers;
+- ``idle + in use + dialling + closing <= max_connections``: a slot is free when its socket is closed, not before. After
+  `set_cap` to less it only ever falls until that holds again;
 - as many dials run as there are waiters who were promised one, or more;
 - closed means no idle connection and no waiter.
 """
@@ -23,14 +24,17 @@ What holds between any two calls (`Core.faults` says which of these is broken; t
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from heapq import heapify, heappop, heappush
 from typing import Any, Final, Generic, TypeVar
+
+from gsocketpool.lifetime import NEVER, NO_LIMITS, Limits
 
 __all__ = ["BY_HAND", "CLOSED", "EXHAUSTED", "INSPECTED", "REASONS", "RETIRED", "RETURNING", "Core", "Member", "Place"]
 
 C = TypeVar("C")
 
 #: Why a connection was closed, in the order in which `stats` lists them.
-REASONS: Final = ("expired", "idle", "stale", "discarded", "dropped", "cleared", "shrunk", "closed")
+REASONS: Final = ("expired", "idle", "stale", "discarded", "dropped", "cleared", "shrunk", "reclaimed", "closed")
 
 
 class Sentinel:
@@ -60,16 +64,25 @@ class Member(Generic[C]):
     """An open connection of the pool, idle or in use.
 
     `holder` is None while it idles, else whoever answers for it: a lease, a place in the queue that it was granted to,
-    `BY_HAND`, `RETURNING` or `INSPECTED`. `cold` says that nobody has touched it since the last `cool`.
+    `BY_HAND`, `RETURNING` or `INSPECTED`. `cold` says that nobody has touched it for a while: since the time `since`,
+    if it idles. `fate` is the reason for which it will be closed when it comes back, `retire_at` the time of its end,
+    `proven` the time when it last answered a keepalive. `loan` and `watch` are the driver's: what it has noted of the
+    borrower, and whatever tells it that the peer hung up.
     """
 
-    __slots__ = ("cold", "connection", "holder", "uses")
+    __slots__ = ("cold", "connection", "fate", "holder", "loan", "proven", "retire_at", "since", "uses", "watch")
 
-    def __init__(self, connection: C) -> None:
+    def __init__(self, connection: C, retire_at: float = NEVER) -> None:
         self.connection = connection
         self.holder: object = None
         self.uses = 0
         self.cold = False
+        self.fate: str | None = None
+        self.retire_at = retire_at
+        self.since = 0.0
+        self.proven = 0.0
+        self.loan: Any = None
+        self.watch: Any = None
 
 
 class Place(Generic[C]):
@@ -107,8 +120,10 @@ class Core(Generic[C]):
 
     # So many attributes that without slots CPython would no longer look them up at a fixed offset.
     __slots__ = (
+        "_agenda",
         "_always_cold",
         "_brimful",
+        "_ceiling",
         "_claimed",
         "_closed",
         "_closed_for",
@@ -116,20 +131,34 @@ class Core(Generic[C]):
         "_cold",
         "_dialled",
         "_dialling",
+        "_doomed",
+        "_due",
+        "_epoch",
         "_exhausted",
         "_fifo",
+        "_generation",
         "_lane_in",
         "_lane_out",
         "_last_error",
         "_latest",
+        "_limits",
         "_max_connecting",
         "_max_connections",
         "_max_waiting",
         "_members",
+        "_min_idle",
+        "_now",
         "_open_failures",
         "_opened",
+        "_paused",
+        "_plain",
+        "_records",
         "_resets",
+        "_resting",
         "_retired_uses",
+        "_setbacks",
+        "_stern",
+        "_tickets",
         "_undialled",
         "_warm",
     )
@@ -140,14 +169,20 @@ class Core(Generic[C]):
         *,
         max_connecting: int,
         max_waiting: int | None = None,
+        min_idle: int = 0,
+        limits: Limits = NO_LIMITS,
         fifo: bool = False,
         always_cold: bool = False,
+        records: bool = False,
     ) -> None:
         self._max_connections = max_connections
         self._max_connecting = max_connecting
         self._max_waiting = max_waiting
+        self._min_idle = min_idle
+        self._limits = limits
         self._fifo = fifo
         self._always_cold = always_cold
+        self._records = records
 
         self._members: dict[int, Member[C]] = {}  # by identity: user classes may define __eq__ or __hash__ as they like
         self._warm: deque[Member[C]] = deque()
@@ -158,10 +193,22 @@ class Core(Generic[C]):
         # What a fast lane lent last: with few borrowers it is what returns next, and is found without a look-up.
         self._latest: Member[C] = NOBODY
         self._claimed: dict[int, C] = {}  # being opened or closed: the factory must not return one of these
+        # When to look at which member again, by the clock; the number in the middle keeps members from being compared.
+        self._agenda: list[tuple[float, int, Member[C]]] = []
+        self._tickets = 0
+        self._due: deque[Member[C]] = deque()  # for a keepalive
+        self._now = 0.0  # when `cool` was called last
         self._dialling = 0
         self._closing = 0
+        self._doomed = 0  # members in use that have a fate
+        self._ceiling = max_connections  # what `total` may still reach after a resize to less
         self._closed = False
+        self._paused = False
         self._resets = False
+        self._resting = False
+        self._setbacks = 0
+        self._generation = 0
+        self._epoch = 0
 
         self._retired_uses = 0
         self._opened = 0
@@ -180,14 +227,17 @@ class Core(Generic[C]):
     # members and no number of waiters is too many, waits behind them.
 
     def _set_lanes(self) -> None:
-        shut = self._resets or self._closed or self._always_cold
-        self._lane_out: deque[Member[C]] = deque() if shut or self._fifo else self._warm
-        if shut or self._dialled or self._undialled:
-            self._lane_in = False
+        full = len(self._members) >= self._max_connections
+        crowded = len(self._members) + self._dialling > self._max_connections
+        self._plain = not self._resets and not self._records
+        # Whether what comes back may have to go: `give` looks closer.
+        self._stern = bool(self._closed or self._doomed or crowded or self._limits.max_uses is not None)
+        shut = not self._plain or self._stern or self._always_cold
+        self._lane_out: deque[Member[C]] = deque() if shut or self._fifo or self._paused else self._warm
+        self._lane_in = not (shut or self._dialled or self._undialled)
+        if not self._lane_in:
             self._latest = NOBODY
-        else:
-            self._lane_in = True
-        self._brimful = self._max_waiting is None and len(self._members) >= self._max_connections
+        self._brimful = self._max_waiting is None and full
 
     def expect_resets(self) -> None:
         """From now on every release passes through `give`."""
@@ -206,7 +256,7 @@ class Core(Generic[C]):
             place.reserved = False
             queue[place] = None
             return place
-        if self._warm or self._cold:
+        if (self._warm or self._cold) and not self._paused:
             member = self._pop_idle()
             member.uses += 1
             member.holder = BY_HAND
@@ -215,7 +265,8 @@ class Core(Generic[C]):
             return CLOSED
         if not wait:
             return EXHAUSTED
-        room = self._max_connections - len(self._members) - self._dialling  # with the slots that are being emptied
+        # With the slots that are being emptied.
+        room = 0 if self._paused else self._max_connections - len(self._members) - self._dialling
         reserved = len(queue) < room
         if self._max_waiting is not None and not reserved and len(queue) - max(0, room) >= self._max_waiting:
             return EXHAUSTED
@@ -227,23 +278,39 @@ class Core(Generic[C]):
     def give(self, member: Member[C]) -> Place[C] | Sentinel | None:
         """Take back what was lent. Answers the place that has it now and must be woken, None if it idles, or `RETIRED`
         if it must be closed."""
-        if self._closed:
-            self.retire(member, "closed")
-            return RETIRED
+        if self._stern:
+            reason = self._verdict(member)
+            if reason is not None:
+                self.retire(member, reason)
+                return RETIRED
         queue = self._dialled or self._undialled
-        if not queue:
+        if not queue or self._paused:
             member.holder = None
-            member.cold = self._always_cold
-            self._warm.append(member)
+            if member.cold and not self._always_cold:  # nobody has touched it
+                self._cold[member] = None
+            else:
+                member.cold = self._always_cold
+                self._warm.append(member)
             return None
         place, _ = queue.popitem(last=False)
         place.member = member
         member.holder = place
         member.uses += 1
-        member.cold = False
         if not queue and not self.waiting:
             self._set_lanes()
         return place
+
+    def _verdict(self, member: Member[C]) -> str | None:
+        """Why it must go instead of coming back."""
+        if self._closed:
+            return "closed"
+        if member.fate is not None:
+            return member.fate
+        if self._limits.max_uses is not None and member.uses >= self._limits.max_uses:
+            return "expired"
+        if len(self._members) + self._dialling > self._max_connections:
+            return "shrunk"
+        return None
 
     def abandon(self, place: Place[C]) -> Member[C] | None:
         """Leave the queue. Answers what was granted in the meantime and must now be used or given back."""
@@ -267,7 +334,7 @@ class Core(Generic[C]):
 
     def permit(self) -> Place[C] | None:
         """A permit to dial for the first waiter who has none, if there is room for one more."""
-        if not self._undialled or not self._may_dial():
+        if not self._undialled or self._paused or not self._may_dial():
             return None
         place, _ = self._undialled.popitem(last=False)
         place.reserved = True
@@ -282,6 +349,15 @@ class Core(Generic[C]):
         self._dialling += 1
         return True
 
+    def permit_spare(self) -> bool:
+        """A permit to dial for the stock of idle connections, where it is short of `min_idle`."""
+        if self._resting or self._paused:
+            return False
+        short = self._min_idle + self.waiting - self._dialling - self.idle
+        if short > 0:  # what is being looked at idles but for that
+            short -= sum(member.holder is INSPECTED for member in self._members.values())
+        return short > 0 and self.permit_unasked()
+
     def knows(self, connection: C) -> bool:
         """Whether this very object is in the pool, or being opened or closed by it."""
         return id(connection) in self._members or id(connection) in self._claimed
@@ -292,31 +368,56 @@ class Core(Generic[C]):
 
     def disclaim(self, connection: C) -> None:
         """It is open, or will never be."""
-        del self._claimed[id(connection)]
+        self._claimed.pop(id(connection), None)
 
-    def opened(self, connection: C) -> Place[C] | Sentinel | None:
-        """A dial succeeded: a permit is redeemed. Answers as `give` does."""
+    def opened(
+        self, connection: C, generation: int = 0, retire_at: float = NEVER, look_at: float = NEVER
+    ) -> Place[C] | Sentinel | None:
+        """A dial succeeded: a permit is redeemed. Answers as `give` does.
+
+        :param generation: the pool's when the dial began.
+        :param look_at: when `audit` must look at it first.
+        """
         self._dialling -= 1
         self._opened += 1
         self._last_error = None
-        member = self._members[id(connection)] = Member(connection)
+        self._resting = False
+        self._setbacks = 0
+        member = self._members[id(connection)] = Member(connection, retire_at)
         member.holder = BY_HAND
-        return self.give(member)
+        if look_at != NEVER:
+            self._look_again(member, look_at)
+        if generation != self._generation:
+            self._doom(member, "cleared")
+        self._set_lanes()
+        outcome = self.give(member)
+        self._balance()
+        return outcome
 
-    def failed(self, place: Place[C] | None, error: BaseException) -> Place[C] | None:
+    def failed(self, place: Place[C] | None, error: BaseException, spare: bool = False) -> Place[C] | None:
         """A dial failed: a permit is redeemed. Answers the place it was started for, with the error and to be woken,
-        if that one still waits."""
+        if that one still waits.
+
+        :param spare: it was for the stock; until `rested` there is no further permit for that.
+        """
         self._dialling -= 1
         self._open_failures += 1
         self._last_error = error
+        if spare and not self._resting:
+            self._resting = True
+            self._setbacks += 1
+        self._lower_ceiling()
         if place is not None and place in self._dialled:
             del self._dialled[place]
             place.error = error
-            if not self.waiting:
-                self._set_lanes()
+            self._set_lanes()
             return place
         self._balance()
         return None
+
+    def rested(self) -> None:
+        """The stock may be dialled for again."""
+        self._resting = False
 
     # Retiring
 
@@ -337,71 +438,240 @@ class Core(Generic[C]):
         elif isinstance(place, Place):
             member.uses -= 1
             place.member = None
-            if self.idle:
+            if self.idle and not self._paused:
                 place.member = other = self._pop_idle()
                 other.holder = place
                 other.uses += 1
             elif not self._closed:
                 self._requeue(place)
-        if member is self._latest:
-            self._latest = NOBODY
+        if member.fate is not None:
+            member.fate = None
+            self._doomed -= 1
         connection = member.connection
         del self._members[id(connection)]
         self._claimed[id(connection)] = connection
-        self._brimful = False
         member.holder = None
         self._closing += 1
         self._closed_for[reason] += 1
         self._retired_uses += member.uses
+        if member is self._latest:
+            self._latest = NOBODY
+        if self._stern or self._brimful:
+            self._set_lanes()
         return place if isinstance(place, Place) and self._closed else None
 
     def freed(self, connection: C) -> None:
         """Its socket is closed: the slot is free."""
         del self._claimed[id(connection)]
         self._closing -= 1
+        self._lower_ceiling()
 
-    def shut(self) -> tuple[list[C], list[Place[C]]]:
-        """Close the pool. Answers the connections that idled and must be closed, and the places that must be told."""
+    def shut(self) -> tuple[list[Member[C]], list[Place[C]]]:
+        """Close the pool. Answers what idled and must be closed, and the places that must be told."""
         self._closed = True
         idle = []
         while self.idle:
             member = self._pop_idle()
             member.holder = BY_HAND
-            idle.append(member.connection)
+            idle.append(member)
             self.retire(member, "closed")
         places = [*self._dialled, *self._undialled]
         self._dialled.clear()
         self._undialled.clear()
+        self._agenda.clear()
         self._set_lanes()
         return idle, places
+
+    def retire_all(self) -> list[Member[C]]:
+        """Retire all that was opened, or is being opened: what idles now, the rest as it comes back. Answers what must
+        be closed."""
+        self._generation += 1
+        retired = self._retire_idle(self.idle, "cleared")
+        for member in list(self._members.values()):
+            if isinstance(member.holder, Place):  # not collected yet: he waits on
+                self.retire(member, "cleared")
+                retired.append(member)
+            else:
+                self._doom(member, "cleared")
+        return retired
+
+    def set_cap(self, max_connections: int) -> list[Member[C]]:
+        """Another cap. Answers what must be closed: what has idled longest; more goes as it comes back."""
+        self._ceiling = max(max_connections, self.total)
+        self._max_connections = max_connections
+        retired = self._retire_idle(len(self._members) + self._dialling - max_connections, "shrunk")
+        self._balance()
+        self._set_lanes()
+        return retired
+
+    def hold(self) -> None:
+        """From now on whoever asks waits."""
+        self._paused = True
+        self._set_lanes()
+
+    def unhold(self) -> list[Place[C]]:
+        """No longer so. Answers the places that were granted what idled, and must be woken."""
+        self._paused = False
+        places: list[Place[C]] = []
+        while self.idle and (queue := self._dialled or self._undialled):
+            place, _ = queue.popitem(last=False)
+            place.member = member = self._pop_idle()
+            member.holder = place
+            member.uses += 1
+            places.append(place)
+        self._set_lanes()
+        return places
+
+    def forget(self) -> list[C]:
+        """Begin anew without any connection, as the copy of a process must that has all sockets in common with it.
+        Answers the connections that are no longer this pool's, nor any permit: a dial or a close of an earlier `epoch`
+        has nothing to redeem."""
+        forgotten = [*self._claimed.values(), *(member.connection for member in self._members.values())]
+        members = list(self._members.values())
+        granted = [member.holder for member in members if isinstance(member.holder, Place)]
+        for member in members:
+            member.holder = member.fate = None
+        for container in (self._members, self._claimed, self._warm, self._cold, self._agenda, self._due):
+            container.clear()
+        queue = [*granted, *self._dialled, *self._undialled]
+        self._dialled.clear()
+        self._undialled.clear()
+        for place in queue:
+            place.member = None
+            self._undialled[place] = None
+        self._dialling = self._closing = self._doomed = 0
+        self._ceiling = self._max_connections
+        self._resting = False
+        self._epoch += 1
+        self._set_lanes()
+        return forgotten
+
+    def _retire_idle(self, count: int, reason: str) -> list[Member[C]]:
+        """What has idled longest first."""
+        retired = []
+        for _ in range(min(count, self.idle)):
+            member = self._cold.popitem(last=False)[0] if self._cold else self._warm.popleft()
+            member.holder = BY_HAND
+            self.retire(member, reason)
+            retired.append(member)
+        return retired
+
+    def _doom(self, member: Member[C], reason: str) -> None:
+        """Retire what is in use when it comes back."""
+        if member.fate is None:
+            member.fate = reason
+            self._doomed += 1
+            self._set_lanes()
+
+    def _lower_ceiling(self) -> None:
+        if self._ceiling > self._max_connections:
+            self._ceiling = max(self._max_connections, self.total)
+        if self._stern:
+            self._set_lanes()
 
     # Idle connections. `_warm` holds those touched since the last `cool`, `_cold` the older ones. So a tick now and
     # then tells which have idled for a while, and neither acquire nor release reads a clock.
 
-    def cool(self) -> None:
-        """Whatever is idle now has idled for a while if nobody has touched it by the next call."""
-        for member in self._warm:
-            member.cold = True
-            self._cold[member] = None
+    def cool(self, now: float) -> list[Member[C]]:
+        """Whatever is idle now has idled for a while if nobody has touched it by the next call. Answers what was
+        touched since the last one."""
+        self._now = now
+        cooled = list(self._warm)
         self._warm.clear()
+        for member in cooled:
+            member.cold = True
+            member.since = now
+            self._cold[member] = None
+        return cooled
 
     def inspect(self) -> Member[C] | None:
         """Take out the connection that has idled longest, to give it back or retire it; `inspect` comes to it again
         only after all others."""
-        self.cool()
+        self._cold.update(dict.fromkeys(self._warm))
+        for member in self._warm:
+            member.cold = True
+            member.since = self._now
+        self._warm.clear()
         if not self._cold:
             return None
         member, _ = self._cold.popitem(last=False)
         member.holder = INSPECTED
         return member
 
-    def inspected(self, member: Member[C]) -> Place[C] | Sentinel | None:
-        """Give back what `inspect` took out. Answers as `give` does."""
-        if self.waiting or self._closed:
+    def take_out(self, member: Member[C]) -> bool:
+        """Take out this one, if it idles, to give it back by `inspected` or retire it."""
+        if member.holder is not None or self._members.get(id(member.connection)) is not member:
+            return False
+        self._remove_idle(member)
+        member.holder = INSPECTED
+        return True
+
+    def inspected(self, member: Member[C], first: bool = False) -> Place[C] | Sentinel | None:
+        """Give back what `inspect`, `take_out` or `prove` took out. Answers as `give` does.
+
+        :param first: it has idled longest, or near to it; else `inspect` is to come to it last.
+        """
+        if self._stern or (self.waiting and not self._paused):
             return self.give(member)
         member.holder = None
+        member.cold = True
         self._cold[member] = None
+        if first:
+            self._cold.move_to_end(member, last=False)
         return None
+
+    # What expires. Each member that can is on the agenda once: when its next deadline is due, it is looked at, and not
+    # before. So the cost grows with what expires, not with what idles.
+
+    def audit(self, now: float) -> list[Member[C]]:
+        """Look at what is due. Answers what is retired and must be closed; what is due for a keepalive is for `prove`
+        to tell; what is in use and over its time goes when it comes back."""
+        retired = []
+        limits = self._limits
+        while self._agenda and self._agenda[0][0] <= now:
+            _, _, member = heappop(self._agenda)
+            if self._members.get(id(member.connection)) is not member:
+                continue  # closed meanwhile
+            if now >= member.retire_at:
+                if member.holder is None:
+                    self.retire(member, "expired")
+                    retired.append(member)
+                else:
+                    self._doom(member, "expired")
+                continue
+            since = member.since if member.holder is None and member.cold else now
+            if limits.idles_too_long(since, now):
+                if self.idle > self._min_idle:
+                    self.retire(member, "idle")
+                    retired.append(member)
+                    continue
+                since = limits.spared(now)
+            if limits.is_unproven(max(since, member.proven), now):
+                member.proven = now
+                self._due.append(member)
+            self._look_again(member, limits.next_look(member.retire_at, since, member.proven))
+        return retired
+
+    def next_audit(self) -> float:
+        """When something is due."""
+        return self._agenda[0][0] if self._agenda else NEVER
+
+    def prove(self) -> Member[C] | None:
+        """Take out a connection that is due for a keepalive, to give it back by `inspected` or retire it."""
+        while self._due:
+            member = self._due.popleft()
+            if member.holder is None and member in self._cold:
+                del self._cold[member]
+                member.holder = INSPECTED
+                return member
+        return None
+
+    def _look_again(self, member: Member[C], when: float) -> None:
+        if len(self._agenda) > 2 * len(self._members) + 16:  # most of it is about members that are gone
+            self._agenda = [entry for entry in self._agenda if self._members.get(id(entry[2].connection)) is entry[2]]
+            heapify(self._agenda)
+        self._tickets += 1
+        heappush(self._agenda, (when, self._tickets, member))
 
     def _pop_idle(self) -> Member[C]:
         if self._fifo:
@@ -409,9 +679,10 @@ class Core(Generic[C]):
         return self._warm.pop() if self._warm else self._cold.popitem()[0]
 
     def _remove_idle(self, member: Member[C]) -> None:
-        if member not in self._cold:
-            self.cool()
-        del self._cold[member]
+        if member in self._cold:
+            del self._cold[member]
+        else:
+            self._warm.remove(member)
 
     # Waiters
 
@@ -466,9 +737,16 @@ class Core(Generic[C]):
         waiters = [*self._dialled, *self._undialled]
         lanes = self._lane_in
         rules: dict[str, bool] = {
-            "an idle connection, and somebody waits": not (idle and waiters),
-            "somebody waits without a dial that could run": not self._undialled or self._closed or not self._may_dial(),
-            "more connections than max_connections": self.total <= self._max_connections,
+            "an idle connection, and somebody waits": not (idle and waiters) or self._paused,
+            "somebody waits without a dial that could run": not self._undialled
+            or self._closed
+            or self._paused
+            or not self._may_dial(),
+            "more connections than max_connections": self.total <= self._ceiling,
+            "doomed members are miscounted": self._doomed == sum(member.fate is not None for member in members),
+            "an idle connection is doomed": not any(member.fate for member in idle),
+            "too many connections, and some idle": not idle
+            or len(self._members) + self._dialling <= self._max_connections,
             "more dials than max_connecting": 0 <= self._dialling <= self._max_connecting,
             "more waiters were promised a dial than dials run": len(self._dialled) <= self._dialling,
             "closed, and something idles or waits": not self._closed or not (idle or waiters),

@@ -37,6 +37,12 @@ class Operations(Protocol[T_contra]):
     def resets(self, connection: T_contra) -> bool:
         """Whether `reset` does anything."""
 
+    def keepalive(self, connection: T_contra) -> bool:
+        """Whether the peer still answers."""
+
+    def fileno(self, connection: T_contra) -> int | None:
+        """The descriptor of its socket, where that is known."""
+
 
 class Methods:
     """The methods of a `Connection`."""
@@ -73,6 +79,12 @@ class Methods:
         # Asked of the class: an instance's __getattr__ may be a remote call.
         return type(connection).reset is not Connection.reset
 
+    def keepalive(self, connection: Connection) -> bool:
+        return connection.keepalive()
+
+    def fileno(self, connection: Connection) -> int | None:
+        return connection.fileno()
+
 
 class Functions(Generic[C]):
     """The functions that `wrap` was given."""
@@ -104,6 +116,17 @@ class Functions(Generic[C]):
 
     def resets(self, connection: C) -> bool:
         return self._wrapped.reset is not None
+
+    def keepalive(self, connection: C) -> bool:
+        if self._wrapped.keepalive is None:
+            return self.check(connection)
+        return bool(self._wrapped.keepalive(connection))
+
+    def fileno(self, connection: C) -> int | None:
+        if self._wrapped.fileno is not None:
+            return self._wrapped.fileno(connection)
+        own = getattr(type(connection), "fileno", None)  # of the class, as for `reset`
+        return None if own is None else own(connection)
 
 
 def describe(connection: object) -> str:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import gevent
 from gevent import get_hub, getcurrent
 from gevent.monkey import get_original
 
 from gsocketpool.blocking import BlockingPool
-from gsocketpool.core import Place
+from gsocketpool.core import Member, Place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 
 __all__ = ["ConnectionNotFoundError", "Pool", "PoolClosedError", "PoolError", "PoolExhaustedError"]
 
 C = TypeVar("C")
+
+READ: Final = 1  # gevent's flag for an io watcher
+
+#: Seconds that the upkeep sleeps at most, where nothing is due: a timer takes no infinite number.
+LONGEST_DOZE: Final = 86_400.0
 
 _thread = get_original("_thread", "get_ident")
 
@@ -105,14 +112,44 @@ class Pool(BlockingPool[C]):
             loop.run_callback_threadsafe(_begin, job, args)
         return None
 
-    def _stop(self, task: object) -> None:
+    def _rouse(self, place: Place[C]) -> None:
         loop = self._hub.loop
-        if loop is not None:  # else the thread and its hub are gone, and the task with them
-            loop.run_callback_threadsafe(_end, task)
+        if loop is not None:  # else the thread and its hub are gone, and whoever stood there with them
+            loop.run_callback_threadsafe(self._wake, place)
 
     @staticmethod
-    def _sleep(duration: float) -> None:
-        gevent.sleep(duration, ref=False)
+    def _doze(place: Place[Any], duration: float) -> None:
+        hub = get_hub()
+        place.waiter = getcurrent().switch
+        timer = hub.loop.timer(min(duration, LONGEST_DOZE), ref=False)
+        timer.start(place.waiter)
+        try:
+            hub.switch()
+        finally:
+            timer.close()
+            place.waiter = None
+            if place.waking is not None:
+                place.waking.stop()
+
+    def _watch(self, descriptor: int, member: Member[C]) -> object:
+        watcher = self._hub.loop.io(descriptor, READ, ref=False)
+        watcher.start(_stirred, weakref.ref(self), member)
+        return watcher
+
+    def _unwatch(self, watch: Any) -> None:
+        watch.close()
+
+    def _borrower(self) -> object:
+        return getcurrent()
+
+    def _waiter(self, place: Place[C]) -> object:
+        return None if place.waiter is None else place.waiter.__self__
+
+    def _when_over(self, borrower: object, callback: Callable[[object], None]) -> Callable[[], object] | None:
+        if not isinstance(borrower, gevent.Greenlet):
+            return None
+        borrower.rawlink(callback)
+        return functools.partial(borrower.unlink, callback)
 
     def _bounded(self, limit: float) -> AbstractContextManager[object]:
         return gevent.Timeout(limit, TimeoutError(f"not done after {limit:g} s"))
@@ -121,12 +158,12 @@ class Pool(BlockingPool[C]):
         return not isinstance(error, gevent.GreenletExit)
 
 
-def _resume(place: Place[Any]) -> None:
-    """Called by the hub, and only by the hub: switch into whoever still waits there."""
-    waiter = place.waiter
-    if waiter is not None:
-        place.waiter = None
-        waiter.switch()
+def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any]) -> None:
+    """Called by the hub, and only by the hub, when there is something to read on an idle connection."""
+    pool = ref()
+    if pool is not None:
+        pool._look_away(member)  # or the hub would call again at once
+        pool._spawn(pool._stirs, member)
 
 
 def _begin(job: Callable[..., object], args: tuple[object, ...]) -> gevent.Greenlet[..., object]:
@@ -138,8 +175,3 @@ def _begin(job: Callable[..., object], args: tuple[object, ...]) -> gevent.Green
     task = gevent.spawn(job, *args)
     task.rawlink(ended)
     return task
-
-
-def _end(task: object) -> None:
-    if isinstance(task, gevent.Greenlet):
-        task.kill(block=False)

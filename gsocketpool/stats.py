@@ -4,8 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-__all__ = ["PoolStats"]
+__all__ = ["Holder", "PoolStats"]
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Holder(Generic[C]):
+    """Who has borrowed a connection. All but the connection is None where the pool notes no borrowers: see
+    ``leak_threshold``.
+
+    :ivar connection: the connection.
+    :ivar greenlet: the greenlet that borrowed it.
+    :ivar held: seconds since then.
+    :ivar stack: where that was, as a traceback's text.
+    """
+
+    connection: C
+    greenlet: Any
+    held: float | None
+    stack: str | None
 
 
 @dataclass(frozen=True)
@@ -24,7 +44,7 @@ class PoolStats:
     :ivar exhausted: how often :class:`~gsocketpool.PoolExhaustedError` was raised.
     :ivar closed: how many connections were closed, by reason: ``expired``, ``idle``, ``stale`` (failed its check),
         ``discarded`` (its borrower was interrupted or failed, or its reset did), ``dropped`` (by hand), ``cleared``,
-        ``shrunk``, ``closed`` (the pool was).
+        ``shrunk``, ``reclaimed`` (from a greenlet that ended), ``closed`` (the pool was).
     """
 
     size: int

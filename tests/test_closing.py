@@ -70,7 +70,7 @@ def test_what_idles_is_closed_before_close_returns(server: LineEchoServer) -> No
     connections = [pool.acquire() for _ in range(3)]
     for connection in connections[:2]:
         pool.release(connection)
-    pool.cool()
+    pool.cool(0.0)
     pool.close()
     assert [connection.is_connected() for connection in connections] == [False, False, True]
     assert (pool.size, pool.idle, pool.in_use, pool.total) == (1, 0, 1, 1)

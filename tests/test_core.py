@@ -78,7 +78,7 @@ def test_fifo_lends_what_idled_longest() -> None:
     first, second = lent(pool), lent(pool)
     pool.give(first)
     pool.give(second)
-    pool.cool()
+    pool.cool(0.0)
     assert pool.take(wait=False) is first
     pool.give(first)
     assert pool.take(wait=False) is second
@@ -257,7 +257,7 @@ def test_only_what_nobody_touched_since_the_last_tick_is_cold() -> None:
     touched, untouched = lent(pool), lent(pool)
     pool.give(untouched)
     pool.give(touched)
-    pool.cool()
+    pool.cool(0.0)
     assert pool.take(wait=False) is touched
     touched.cold = False
     pool.give(touched)
@@ -475,7 +475,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
     @rule()
     def tick(self) -> None:
-        self.pool.cool()
+        self.pool.cool(0.0)
 
     @rule()
     def look_over_all(self) -> None:
@@ -507,9 +507,9 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         if sure:
             return  # seldom: little happens to a closed pool
         idle, places = self.pool.shut()
-        assert sorted(map(id, idle)) == sorted(id(m.connection) for m in self.idle)
+        assert set(idle) == set(self.idle)
         assert places == self.queue
-        self.closing += idle
+        self.closing += [subject.connection for subject in idle]
         self.retired["closed"] += len(idle)
         self.idle, self.queue, self.ended = [], [], True
 

@@ -81,7 +81,7 @@ def test_with_no_time_what_idles_is_lent_and_nobody_else_runs(
     settings, timeout = AT_ONCE[how]
     with line_pool(server, initial_connections=1, order=order, check_after_idle=check_after_idle, **settings) as pool:
         if cold:
-            pool.cool()
+            pool.cool(0.0)
         with nobody_else_runs():
             connection = pool.acquire(**timeout)
             pool.release(connection)

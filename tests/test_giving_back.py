@@ -328,7 +328,7 @@ def test_drop_finds_what_idles_wherever_it_is_and_keeps_the_order(
     with line_pool(server, order=order) as pool:
         lines = borrow(pool, 4)
         give_back(pool, lines[:2])
-        pool.cool()
+        pool.cool(0.0)
         give_back(pool, lines[2:])
         pool.drop(lines.pop(1 if cold else 2))
         assert borrow(pool, 3) == (lines if order == "fifo" else lines[::-1])

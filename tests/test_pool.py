@@ -48,9 +48,9 @@ def test_the_tick_leaves_the_order_as_it_is(server: LineEchoServer, order: str, 
     with line_pool(server, order=order) as pool:
         lines = borrow(pool, 4)
         give_back(pool, lines[:2])
-        pool.cool()
+        pool.cool(0.0)
         give_back(pool, lines[2:])
-        pool.cool() if order == "fifo" else None
+        pool.cool(0.0) if order == "fifo" else None
         assert borrow(pool, 4) == [lines[number] for number in expected]
         give_back(pool, lines)
 
@@ -85,7 +85,7 @@ def test_what_idled_since_the_last_tick_is_checked_once_and_what_was_used_since_
     with line_pool(server, order=order) as pool:
         idled, used = borrow(pool, 2)
         pool.release(idled)
-        pool.cool()
+        pool.cool(0.0)
         pool.release(used)
         both = borrow(pool, 2)
         assert (idled.checks, used.checks) == (1, 0)
@@ -113,9 +113,9 @@ def test_with_none_no_connection_is_ever_checked(server: LineEchoServer) -> None
     with line_pool(server, check_after_idle=None) as pool:
         with pool.connection() as line:
             line.healthy = False
-        pool.cool()
+        pool.cool(0.0)
         pool.drop_expired()
-        pool.cool()
+        pool.cool(0.0)
         with pool.connection() as again:
             assert again is line
         assert line.checks == 0
@@ -164,7 +164,7 @@ def test_drop_expired_closes_what_expired_and_leaves_the_others_in_order(
     with line_pool(server, order=order) as pool:
         lines = borrow(pool, 5)
         give_back(pool, lines[:3])
-        pool.cool()
+        pool.cool(0.0)
         give_back(pool, lines[3:])
         for number in expired:
             lines[number].expired = True
