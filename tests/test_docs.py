@@ -84,6 +84,13 @@ def test_the_postgres_example_runs(postgres: Postgres) -> None:
     ]
 
 
+def test_the_retry_example_runs() -> None:
+    assert run("retry.py") == [
+        "300 requests answered, the last with b'question 9.29'",
+        "connections that broke: some",
+    ]
+
+
 def test_no_example_file_goes_untested() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     for example in (ROOT / "examples").glob("*.py"):
