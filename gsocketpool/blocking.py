@@ -287,8 +287,10 @@ class BlockingPool(Core[C]):
         self._alarm: Place[C] = new_place()
         _pools[id(self)] = self
         if min(self._tick, self._reap_every) < NEVER or max_lifetime is not None:
-            self._next_tick = monotonic() + self._tick
-            self._next_reap = monotonic() + self._reap_every
+            now = monotonic()
+            self.cool(now)
+            self._next_tick = now + self._tick
+            self._next_reap = now + self._reap_every
             self._spawn(_keep_up, weakref.ref(self), self._alarm, self._doze)
         if initial_connections:
             try:
@@ -422,6 +424,7 @@ class BlockingPool(Core[C]):
         """
         self._close_all(self.set_cap(whole_number("max_connections", max_connections, least=1)), wait=False)
         self._start_dials()
+        self._wake_ready()
 
     def pause(self) -> None:
         """Lend nothing and dial nothing until :meth:`resume`. Whoever asks waits, as long as he can; what is lent comes
@@ -863,6 +866,7 @@ class BlockingPool(Core[C]):
                 self._close_half_open(connection)
         finally:
             self._start_dials()
+            self._wake_drains()
         try:
             return problem
         finally:
@@ -899,6 +903,9 @@ class BlockingPool(Core[C]):
             self._settle(outcome, member)
         self._rest_until = NEVER
         self._hurry(look_at)
+        self._wake_ready()
+
+    def _wake_ready(self) -> None:
         for place in self._ready:
             self._wake(place)
 
@@ -945,8 +952,7 @@ class BlockingPool(Core[C]):
         idle, places = self.shut()
         for place in places:
             self._tell_closed(place)
-        for place in self._ready:
-            self._wake(place)
+        self._wake_ready()
         self._rouse(self._alarm)
         self._close_all(idle, wait)
 
@@ -969,6 +975,11 @@ class BlockingPool(Core[C]):
             self._given_up[id(member.connection)] = member.connection
             self.retire(member, "closed")
         self._close_all(kept, wait=True)
+
+    def _wake_drains(self) -> None:
+        if not self.total:
+            for place in self._drains:
+                self._wake(place)
 
     def _close_all(self, members: list[Member[C]], wait: bool) -> None:
         """Close them side by side, each in a greenlet of its own: their slots are free when that is done."""
@@ -995,9 +1006,7 @@ class BlockingPool(Core[C]):
             tally.left -= 1
             if not tally.left:
                 self._wake(tally.place)
-            if self._drains and not self.total:
-                for place in self._drains:
-                    self._wake(place)
+            self._wake_drains()
 
     def _begin_anew(self) -> None:
         """In the child of a fork: leave the parent's connections alone, for good.

@@ -479,6 +479,7 @@ class Core(Generic[C]):
         self._dialled.clear()
         self._undialled.clear()
         self._agenda.clear()
+        self._due.clear()
         self._set_lanes()
         return idle, places
 
@@ -542,6 +543,7 @@ class Core(Generic[C]):
         self._dialling = self._closing = self._doomed = 0
         self._ceiling = self._max_connections
         self._resting = False
+        self._latest = NOBODY
         self._epoch += 1
         self._set_lanes()
         return forgotten
@@ -639,7 +641,7 @@ class Core(Generic[C]):
                 else:
                     self._doom(member, "expired")
                 continue
-            since = member.since if member.holder is None and member.cold else now
+            since = member.since if member in self._cold else now
             if limits.idles_too_long(since, now):
                 if self.idle > self._min_idle:
                     self.retire(member, "idle")
