@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["is_int", "is_seconds", "seconds", "share", "whole_number"]
+__all__ = ["is_int", "is_seconds", "seconds", "share", "two_delays", "whole_number"]
 
 
 def is_int(value: object) -> bool:
@@ -42,3 +42,13 @@ def share(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")
     return value
+
+
+def two_delays(name: str, value: tuple[float, float]) -> tuple[float, float]:
+    """Two numbers of seconds above zero, the shorter one first."""
+    if not (isinstance(value, tuple) and len(value) == 2):
+        raise TypeError(f"{name} must be two numbers of seconds, (first, longest), not {value!r}")
+    first, longest = (seconds(name, each, zero=False) for each in value)
+    if first > longest:
+        raise ValueError(f"{name} must be (first, longest) with the shorter one first, not {value!r}")
+    return first, longest

@@ -11,26 +11,25 @@ interrupts. What must run in the borrower, `check()` and `reset()`, costs the co
 from __future__ import annotations
 
 import logging
-import os
 import random
-import socket
 import sys
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from time import monotonic
 from types import EllipsisType, TracebackType
 from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
 
-from gsocketpool.arguments import is_seconds, seconds, share, whole_number
+from gsocketpool.arguments import is_seconds, seconds, whole_number
 from gsocketpool.connection import Wrap
 from gsocketpool.core import BY_HAND, CLOSED, NOBODY, RETIRED, RETURNING, Core, Member, Place, Sentinel, new_place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
-from gsocketpool.lifetime import NEVER, Limits, full_jitter
-from gsocketpool.loans import Loan
+from gsocketpool.forking import pools
+from gsocketpool.lifetime import Limits
+from gsocketpool.loans import Ledger, Loan
 from gsocketpool.operations import describe, operations_of
+from gsocketpool.settings import Settings
 from gsocketpool.stats import Holder, PoolStats
+from gsocketpool.upkeep import Upkeep, checks_always
 
 if sys.version_info >= (3, 11):
     from sys import exception
@@ -47,13 +46,6 @@ C = TypeVar("C")
 P = TypeVar("P", bound="BlockingPool[Any]")
 
 logger = logging.getLogger("gsocketpool")
-
-#: Below this many seconds, `check_after_idle` checks each time: so fine a tick would cost more than the checks.
-FINEST_TICK: Final = 0.02
-
-#: The longest time between two ticks, where what was lent must be made up for, or a peer's hanging up be noticed.
-COARSEST_TICK: Final = 0.25
-
 
 # What a subclass must not define by mistake: the core's names that are no part of a pool's interface.
 _CORE_NAMES: Final = frozenset(name for name in vars(Core) if not name.startswith("_")) - {
@@ -100,7 +92,7 @@ class Lease(Generic[C]):
         if member is None or member.holder is not self:
             return  # dropped inside the block
         pool = self._pool
-        if kind is None or not pool._discards(kind):
+        if kind is None or not pool._settings.discards(kind):
             if kind is None and pool._lane_in:
                 member.holder = None
                 pool._warm.append(member)
@@ -127,7 +119,7 @@ class LeaseByHand(Lease[C]):
         member, self._member = self._member, None
         if member is None or member.holder is not BY_HAND:
             return  # given up inside the block
-        if kind is None or not self._pool._discards(kind):
+        if kind is None or not self._pool._settings.discards(kind):
             self._pool.release(member.connection)
         else:
             self._pool._discard(member)
@@ -146,30 +138,16 @@ class BlockingPool(Core[C]):
 
     __slots__ = (
         "__weakref__",
-        "_acquire_timeout",
-        "_alarm",
-        "_backoff",
-        "_check_after_idle",
-        "_discard_on",
         "_drains",
         "_factory",
         "_given_up",
-        "_leak_threshold",
-        "_loans",
-        "_name",
-        "_next_reap",
-        "_next_tick",
+        "_ledger",
         "_operations",
         "_options",
-        "_proving",
         "_ready",
-        "_reap_every",
-        "_reaping",
-        "_reclaim",
-        "_rest_until",
-        "_tick",
+        "_settings",
+        "_upkeep",
         "_usual_limit",
-        "_wakes_at",
     )
 
     def __init__(
@@ -202,53 +180,29 @@ class BlockingPool(Core[C]):
             raise TypeError(f"factory must be a Connection class or another callable, not {factory!r}")
         if options is not None and not (isinstance(options, Mapping) and all(isinstance(key, str) for key in options)):
             raise TypeError(f"options must be a mapping of the factory's keyword arguments or None, not {options!r}")
-        if reap_expired_connections not in (None, False, True):
-            raise TypeError(f"reap_expired_connections must be True or False, not {reap_expired_connections!r}")
-        whole_number("max_connections", max_connections, least=1)
-        whole_number("initial_connections", initial_connections)
-        if initial_connections > max_connections:
-            raise ValueError(
-                f"initial_connections must not be more than max_connections ({max_connections}), "
-                f"not {initial_connections}"
-            )
-        seconds("reap_interval", reap_interval, zero=False)
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"name must be a string or None, not {name!r}")
-        if acquire_timeout is not None:
-            seconds("acquire_timeout", acquire_timeout, zero=True)
-        if check_after_idle is not None:
-            seconds("check_after_idle", check_after_idle, zero=True)
-        for kind in discard_on if isinstance(discard_on, tuple) else (discard_on,):
-            if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-                raise TypeError(f"discard_on must be an exception class or a tuple of them, not {discard_on!r}")
-        whole_number("max_connecting", max_connecting, least=1)
-        if max_waiting is not None:
-            whole_number("max_waiting", max_waiting)
-        if order not in ("lifo", "fifo"):
-            raise ValueError(f"order must be 'lifo' or 'fifo', not {order!r}")
-        whole_number("min_idle", min_idle)
-        if min_idle > max_connections:
-            raise ValueError(f"min_idle must not be more than max_connections ({max_connections}), not {min_idle}")
-        for parameter, limit in (
-            ("idle_timeout", idle_timeout),
-            ("max_lifetime", max_lifetime),
-            ("keepalive", keepalive),
-            ("leak_threshold", leak_threshold),
-        ):
-            if limit is not None:
-                seconds(parameter, limit, zero=False)
-        share("lifetime_jitter", lifetime_jitter)
-        if max_uses is not None:
-            whole_number("max_uses", max_uses, least=1)
-        if not (isinstance(backoff, tuple) and len(backoff) == 2):
-            raise TypeError(f"backoff must be two numbers of seconds, (first, longest), not {backoff!r}")
-        first, longest = (seconds("backoff", each, zero=False) for each in backoff)
-        if first > longest:
-            raise ValueError(f"backoff must be (first, longest) with the shorter one first, not {backoff!r}")
-        if reclaim not in (False, True):
-            raise TypeError(f"reclaim must be True or False, not {reclaim!r}")
-
-        always_check = check_after_idle is not None and check_after_idle < FINEST_TICK
+        settings = Settings(
+            initial_connections,
+            max_connections,
+            reap_expired_connections,
+            reap_interval,
+            name,
+            acquire_timeout,
+            check_after_idle,
+            discard_on,
+            max_connecting,
+            max_waiting,
+            order,
+            min_idle,
+            idle_timeout,
+            max_lifetime,
+            lifetime_jitter,
+            max_uses,
+            keepalive,
+            backoff,
+            leak_threshold,
+            reclaim,
+        )
+        records = reclaim or leak_threshold is not None
         super().__init__(
             max_connections,
             max_connecting=max_connecting,
@@ -256,42 +210,24 @@ class BlockingPool(Core[C]):
             min_idle=min_idle,
             limits=Limits(idle_timeout, max_lifetime, lifetime_jitter, max_uses, keepalive),
             fifo=order == "fifo",
-            always_cold=always_check,
-            records=reclaim or leak_threshold is not None,
+            always_cold=checks_always(settings),
+            records=records,
         )
+        self._settings = settings
         self._factory = factory
         self._options: dict[str, Any] = dict(options or {})
         self._operations = operations_of(factory)
-        self._name = name
-        self._acquire_timeout = acquire_timeout
         self._usual_limit = self._limit(10, 0, ...)
-        self._check_after_idle = check_after_idle
-        self._discard_on = discard_on
-
-        self._backoff = (first, longest)
-        self._leak_threshold = leak_threshold
-        self._reclaim = reclaim
-        self._loans: OrderedDict[Member[C], None] = OrderedDict()  # none of them reported so far, the oldest first
+        self._ledger = Ledger(leak_threshold, reclaim) if records else None
         self._ready: list[Place[C]] = []
         self._drains: list[Place[C]] = []
         # No longer the pool's though their borrowers may still have them: giving one back is no mistake.
         self._given_up: dict[int, C] = {}
-        self._proving = 0
-        self._reaping = False
-        self._rest_until = NEVER
 
         self._settle_in()
-        self._reap_every = reap_interval if reap_expired_connections else NEVER
-        self._tick = self._tick_for(always_check)
-        self._next_tick = self._next_reap = self._wakes_at = 0.0
-        self._alarm: Place[C] = new_place()
-        _pools[id(self)] = self
-        if min(self._tick, self._reap_every) < NEVER or max_lifetime is not None:
-            now = monotonic()
-            self.cool(now)
-            self._next_tick = now + self._tick
-            self._next_reap = now + self._reap_every
-            self._spawn(_keep_up, weakref.ref(self), self._alarm, self._doze)
+        self._upkeep = Upkeep(settings)
+        pools[id(self)] = self
+        self._upkeep.begin(self)
         if initial_connections:
             try:
                 self._fill(initial_connections)
@@ -521,14 +457,14 @@ class BlockingPool(Core[C]):
 
     def __del__(self) -> None:
         # Called by the collector, in any thread and in the middle of anything: nothing here may wait.
-        if hasattr(self, "_alarm") and not sys.is_finalizing():
+        if hasattr(self, "_upkeep") and not sys.is_finalizing():
             self._shut(wait=False)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a pool cannot be copied or pickled: make another one")
 
     def __repr__(self) -> str:
-        if not hasattr(self, "_alarm"):
+        if not hasattr(self, "_upkeep"):
             return f"<{type(self).__name__} that was refused>"
         state = "closed" if self._closed else f"max {self._max_connections}"
         if self._paused and not self._closed:
@@ -581,8 +517,8 @@ class BlockingPool(Core[C]):
             if type(found) is Member:
                 if not found.cold or self._passes_check(found):
                     found.holder = holder
-                    if self._records:
-                        self._begin_loan(found)
+                    if self._ledger is not None:
+                        self._ledger.begin(self, found)
                     return found
                 if limit and not lenient and monotonic() >= started + limit:
                     raise self._exhausted_error(started)
@@ -598,8 +534,8 @@ class BlockingPool(Core[C]):
         if not isinstance(timeout, EllipsisType):
             limit = seconds("timeout", timeout, zero=True)
             return limit, False, limit > 0
-        if self._acquire_timeout is not None:
-            return self._acquire_timeout, False, self._acquire_timeout > 0
+        if self._settings.acquire_timeout is not None:
+            return self._settings.acquire_timeout, False, self._settings.acquire_timeout > 0
         return max(0, whole_number("retry", retry) - whole_number("retried", retried)) * 0.1, True, True
 
     def _wait_on(self, place: Place[C], limit: float | None, lenient: bool, started: float) -> None:
@@ -638,8 +574,8 @@ class BlockingPool(Core[C]):
 
     def _passes_check(self, member: Member[C]) -> bool:
         member.cold = False
-        self._look_away(member)
-        if self._check_after_idle is None:
+        self._upkeep.look_away(self, member)
+        if self._settings.check_after_idle is None:
             return True
         try:
             passed = self._operations.check(member.connection)
@@ -716,13 +652,10 @@ class BlockingPool(Core[C]):
                 f"{self._label} has lent this connection to nobody (released twice?): {describe(connection)}"
             )
         error = exception()
-        if error is not None and self._discards(type(error)):
+        if error is not None and self._settings.discards(type(error)):
             self._discard(member)
         else:
             self._return(member)
-
-    def _discards(self, kind: type[BaseException]) -> bool:
-        return not issubclass(kind, Exception) or issubclass(kind, self._discard_on)
 
     def _return(self, member: Member[C]) -> None:
         """Reset it where that is wanted, then give it back."""
@@ -754,73 +687,13 @@ class BlockingPool(Core[C]):
         elif outcome is RETIRED:
             self._close_all([member], wait=False)
 
-    # Who has borrowed what: noted only where `leak_threshold` or `reclaim` asks for it
-
-    def _begin_loan(self, member: Member[C]) -> None:
-        loan = member.loan = Loan(self._borrower(), monotonic())
-        if self._leak_threshold is not None:
-            self._loans[member] = None
-        if self._reclaim:
-            ref = weakref.ref(self)
-
-            def ended(_: object) -> None:
-                pool = ref()
-                if pool is not None and member.loan is loan:
-                    pool._spawn(pool._take_back, member, loan)
-
-            loan.unlink = self._when_over(loan.borrower, ended)
-
     def _end_loan(self, member: Member[C]) -> None:
-        loan: Loan | None = member.loan
-        if loan is None:
-            return
-        member.loan = None
-        self._loans.pop(member, None)
-        if loan.unlink is not None:
-            loan.unlink()
-        if loan.reported:
-            logger.warning(
-                "%s: the connection that %r had for so long came back after %.1f s: %s",
-                self._label,
-                loan.borrower,
-                monotonic() - loan.since,
-                describe(member.connection),
-            )
-
-    def _report_leaks(self, now: float) -> None:
-        assert self._leak_threshold is not None
-        while self._loans:
-            member = next(iter(self._loans))
-            loan: Loan = member.loan
-            if loan.since + self._leak_threshold > now:
-                break
-            del self._loans[member]
-            loan.reported = True
-            logger.warning(
-                "%s: %r has held a connection for %.1f s, longer than leak_threshold=%g: %s; it was borrowed here:\n%s",
-                self._label,
-                loan.borrower,
-                now - loan.since,
-                self._leak_threshold,
-                describe(member.connection),
-                loan.stack(),
-            )
-
-    def _take_back(self, member: Member[C], loan: Loan) -> None:
-        if member.loan is loan:
-            logger.warning(
-                "%s: %r ended without releasing a connection, which is closed: %s; it was borrowed here:\n%s",
-                self._label,
-                loan.borrower,
-                describe(member.connection),
-                loan.stack(),
-            )
-            loan.reported = False
-            self._discard(member, "reclaimed")
+        if self._ledger is not None:
+            self._ledger.end(self, member)
 
     def _is_deadlocked(self) -> bool:
         """Whether everybody who has a connection waits for one, including whoever asks."""
-        if not self._records or self.in_use < self._max_connections:
+        if self._ledger is None or self.in_use < self._max_connections:
             return False
         waiting = {id(self._borrower()), *(id(self._waiter(place)) for place in [*self._dialled, *self._undialled])}
         return all(member.loan and id(member.loan.borrower) in waiting for member in self._members.values())
@@ -878,12 +751,8 @@ class BlockingPool(Core[C]):
     def _failed(self, place: Place[C] | None, problem: BaseException, spare: bool) -> None:
         waiter = self.failed(place, problem, spare)
         if spare:
-            now = monotonic()
-            if self._rest_until == NEVER:
-                self._rest_until = now + full_jitter(self._setbacks, *self._backoff, random.random)
-                self._hurry(self._rest_until)
-            text = f"a dial for min_idle={self._min_idle} failed; the next one in {self._rest_until - now:.2f} s"
-            self._report(text, problem)
+            pause = self._upkeep.rest(self, self._setbacks)
+            self._report(f"a dial for min_idle={self._min_idle} failed; the next one in {pause:.2f} s", problem)
         elif waiter is not None:
             self._wake(waiter)
         elif place is not None:
@@ -901,8 +770,8 @@ class BlockingPool(Core[C]):
             self._close_all([Member(connection)], wait=False)
         elif member is not None:
             self._settle(outcome, member)
-        self._rest_until = NEVER
-        self._hurry(look_at)
+        self._upkeep.refreshed()
+        self._upkeep.hurry(self, look_at)
         self._wake_ready()
 
     def _wake_ready(self) -> None:
@@ -953,7 +822,7 @@ class BlockingPool(Core[C]):
         for place in places:
             self._tell_closed(place)
         self._wake_ready()
-        self._rouse(self._alarm)
+        self._rouse(self._upkeep.alarm)
         self._close_all(idle, wait)
 
     def _tell_closed(self, place: Place[C]) -> None:
@@ -991,7 +860,7 @@ class BlockingPool(Core[C]):
 
     def _close_one(self, member: Member[C], tally: _Tally[C], epoch: int) -> None:
         connection = member.connection
-        self._look_away(member)
+        self._upkeep.look_away(self, member)
         try:
             with self._bounded(self.close_grace):
                 self._operations.close(connection)
@@ -1008,152 +877,12 @@ class BlockingPool(Core[C]):
                 self._wake(tally.place)
             self._wake_drains()
 
-    def _begin_anew(self) -> None:
-        """In the child of a fork: leave the parent's connections alone, for good.
-
-        What the child may still do with one, by a reference that somebody has kept or in a greenlet that was using it,
-        must not reach the peer. So the child's descriptor is made to lead nowhere; and the object is kept, since its
-        finalizer might say something to the peer.
-        """
-        watched = [member for member in self._members.values() if member.watch is not None]
-        for member in watched:
-            self._look_away(member)
-        for member in self._members.values():
-            member.loan = None
-        self._loans.clear()
-        connections = self.forget()
-        self._given_up.update((id(connection), connection) for connection in connections)
-        if not connections:
-            return
-        dead_end, other = socket.socketpair()
-        other.close()
-        dead_end.setblocking(False)
-        try:
-            for connection in connections:
-                try:
-                    descriptor = self._operations.fileno(connection)
-                    if descriptor is not None and descriptor >= 0:
-                        os.dup2(dead_end.fileno(), descriptor, inheritable=False)
-                except Exception as error:
-                    logger.debug("%s: fileno() failed", self._label, exc_info=error)
-        finally:
-            dead_end.close()
-        if not self._closed:
-            self._start_dials()
-
-    # Upkeep: one greenlet for each pool, that sleeps until something is due
-
-    def _tick_for(self, always_check: bool) -> float:
-        """Seconds between two ticks; each tells which connections nobody has touched since the one before."""
-        wishes = [
-            wish / 10
-            for wish in (self._limits.idle_timeout, self._limits.keepalive, self._leak_threshold)
-            if wish is not None
-        ]
-        if self._check_after_idle is not None:
-            # Twice in that time, so that none idles longer between two ticks even when a tick is late.
-            wishes.append(COARSEST_TICK if always_check else self._check_after_idle / 2)
-        if self._min_idle:
-            wishes.append(COARSEST_TICK)
-        return max(FINEST_TICK / 2, min(wishes)) if wishes else NEVER
-
-    def _tend(self) -> float:
-        """Do what is due. Answers for how many seconds there is nothing."""
-        now = monotonic()
-        if now >= self._next_tick:
-            self._next_tick = now + self._tick
-            for member in self.cool(now):
-                self._look_at(member)
-        self._close_all(self.audit(now), wait=False)
-        self._start_proving()
-        if now >= self._next_reap:
-            self._next_reap = now + self._reap_every
-            if not self._reaping:
-                self._reaping = True
-                self._spawn(self._reap)
-        if now >= self._rest_until:
-            self._rest_until = NEVER
-            self.rested()
-        if self._leak_threshold is not None:
-            self._report_leaks(now)
-        self._start_dials()
-        self._wakes_at = min(self._next_tick, self._next_reap, self._rest_until, self.next_audit())
-        return max(0.0, self._wakes_at - monotonic())
-
-    def _hurry(self, when: float) -> None:
-        """Something is due then, which may be sooner than all that was known when the upkeep went to sleep."""
-        if when < self._wakes_at:
-            self._wakes_at = when
-            self._wake(self._alarm)
-
-    def _reap(self) -> None:
-        try:
-            self.drop_expired()
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            if not self._may_raise(error):
-                raise
-            self._report("drop_expired() failed", error)
-        finally:
-            self._reaping = False
-
-    def _start_proving(self) -> None:
-        while self._proving < self._max_connecting and (member := self.prove()) is not None:
-            self._proving += 1
-            self._spawn(self._prove, member)
-
-    def _prove(self, member: Member[C]) -> None:
-        self._look_away(member)
-        alive = False
-        try:
-            with self._bounded(self.keepalive_grace):
-                alive = bool(self._operations.keepalive(member.connection))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            self._report("keepalive() failed; the connection is closed", error)
-        finally:
-            self._proving -= 1
-            if not alive:
-                self._discard(member, "stale")
-            elif member.holder is not None:  # else dropped meanwhile
-                self._settle(self.inspected(member, first=True), member)
-                if member.holder is None:
-                    self._look_at(member)
-            self._start_proving()
-
-    def _look_at(self, member: Member[C]) -> None:
-        """Have the hub tell when the peer of an idle connection hangs up, or says something unasked."""
-        if self._check_after_idle is None or self._closed:
-            return
-        try:
-            descriptor = self._operations.fileno(member.connection)
-        except Exception as error:
-            logger.debug("%s: fileno() failed", self._label, exc_info=error)
-            return
-        if descriptor is not None and descriptor >= 0:
-            member.watch = self._watch(descriptor, member)
-
-    def _look_away(self, member: Member[C]) -> None:
-        if member.watch is not None:
-            self._unwatch(member.watch)
-            member.watch = None
-
-    def _stirs(self, member: Member[C]) -> None:
-        """There is something to read on a connection that idles."""
-        if self.take_out(member):
-            member.uses += 1  # as if it were lent: whoever rejects it takes that back
-            if self._passes_check(member):
-                member.uses -= 1
-                self._settle(self.inspected(member, first=True), member)
-
     # Saying what goes on
 
     @property
     def _label(self) -> str:
         kind = type(self).__name__
-        return f"{kind} {self._name!r}" if self._name else f"{kind} of {_name_of(self._factory)}"
+        return f"{kind} {self._settings.name!r}" if self._settings.name else f"{kind} of {_name_of(self._factory)}"
 
     def _report(self, what: str, error: BaseException) -> None:
         logger.warning("%s: %s: %r", self._label, what, error, exc_info=error)
@@ -1185,7 +914,7 @@ class BlockingPool(Core[C]):
         raise NotImplementedError
 
     def _watch(self, descriptor: int, member: Member[C]) -> object:
-        """Have `_stirs` called once, in the background, when there is something to read from a descriptor."""
+        """Have `upkeep.stirs` called once, in the background, when there is something to read from a descriptor."""
         raise NotImplementedError
 
     def _unwatch(self, watch: Any) -> None:
@@ -1223,37 +952,6 @@ class _Tally(Generic[C]):
         self.left = self.unstarted = jobs
         self.error: BaseException | None = None
         self.place: Place[C] = new_place()
-
-
-def _keep_up(ref: weakref.ref[BlockingPool[Any]], alarm: Place[Any], doze: Callable[[Place[Any], float], None]) -> None:
-    """Tend a pool for as long as somebody refers to it."""
-    while (pool := ref()) is not None and not pool.closed:
-        pause = COARSEST_TICK
-        try:
-            pause = pool._tend()
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            if not pool._may_raise(error):
-                raise
-            pool._report("upkeep failed", error)
-        del pool
-        doze(alarm, pause)
-
-
-# After a fork
-
-_pools: weakref.WeakValueDictionary[int, BlockingPool[Any]] = weakref.WeakValueDictionary()
-
-
-def _begin_anew() -> None:
-    """In the child of a fork: all sockets are the parent's."""
-    for pool in list(_pools.values()):
-        pool._begin_anew()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _name_of(factory: object) -> str:

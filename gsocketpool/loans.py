@@ -1,14 +1,26 @@
-"""What a pool notes of a borrower, where it was told to."""
+"""Who has borrowed what: noted only where `leak_threshold` or `reclaim` asks for it."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
 
-__all__ = ["Loan"]
+from gsocketpool.core import Member
+from gsocketpool.operations import describe
+
+if TYPE_CHECKING:
+    from gsocketpool.blocking import BlockingPool
+
+__all__ = ["Ledger", "Loan"]
+
+logger = logging.getLogger("gsocketpool")
 
 #: Frames of the borrower that are kept: the innermost ones.
 DEPTH: Final = 20
@@ -50,3 +62,84 @@ class Loan:
             return "in an unknown place"
         file, line, name = self._frames[0]
         return f"in {name} ({file}:{line})"
+
+
+class Ledger:
+    """The loans of one pool."""
+
+    def __init__(self, leak_threshold: float | None, reclaim: bool) -> None:
+        self._leak_threshold = leak_threshold
+        self._reclaim = reclaim
+        self._unreported: OrderedDict[Member[Any], None] = OrderedDict()  # in the order in which they were lent
+
+    def begin(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
+        """Whoever is running has borrowed it."""
+        loan = member.loan = Loan(pool._borrower(), monotonic())
+        if self._leak_threshold is not None:
+            self._unreported[member] = None
+        if self._reclaim:
+            ref = weakref.ref(pool)
+
+            def ended(_: object) -> None:
+                pool = ref()
+                if pool is not None and member.loan is loan:
+                    pool._spawn(take_back, pool, member, loan)
+
+            loan.unlink = pool._when_over(loan.borrower, ended)
+
+    def end(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
+        """It came back, or was given up."""
+        loan: Loan | None = member.loan
+        if loan is None:
+            return
+        member.loan = None
+        self._unreported.pop(member, None)
+        if loan.unlink is not None:
+            loan.unlink()
+        if loan.reported:
+            logger.warning(
+                "%s: the connection that %r had for so long came back after %.1f s: %s",
+                pool._label,
+                loan.borrower,
+                monotonic() - loan.since,
+                describe(member.connection),
+            )
+
+    def report(self, pool: BlockingPool[Any], now: float) -> None:
+        """Log, once each, whose loans are longer than `leak_threshold`."""
+        while self._leak_threshold is not None and self._unreported:
+            member = next(iter(self._unreported))
+            loan: Loan = member.loan
+            if loan.since + self._leak_threshold > now:
+                break
+            del self._unreported[member]
+            loan.reported = True
+            logger.warning(
+                "%s: %r has held a connection for %.1f s, longer than leak_threshold=%g: %s; it was borrowed here:\n%s",
+                pool._label,
+                loan.borrower,
+                now - loan.since,
+                self._leak_threshold,
+                describe(member.connection),
+                loan.stack(),
+            )
+
+    def forget(self, members: list[Member[Any]]) -> None:
+        """Nobody has borrowed anything any more."""
+        for member in members:
+            member.loan = None
+        self._unreported.clear()
+
+
+def take_back(pool: BlockingPool[Any], member: Member[Any], loan: Loan) -> None:
+    """The borrower has ended, and nobody else will give it back."""
+    if member.loan is loan:
+        logger.warning(
+            "%s: %r ended without releasing a connection, which is closed: %s; it was borrowed here:\n%s",
+            pool._label,
+            loan.borrower,
+            describe(member.connection),
+            loan.stack(),
+        )
+        loan.reported = False
+        pool._discard(member, "reclaimed")

@@ -15,6 +15,7 @@ from gevent.monkey import get_original
 from gsocketpool.blocking import BlockingPool
 from gsocketpool.core import Member, Place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
+from gsocketpool.upkeep import stirs
 
 __all__ = ["ConnectionNotFoundError", "Pool", "PoolClosedError", "PoolError", "PoolExhaustedError"]
 
@@ -62,6 +63,32 @@ class Pool(BlockingPool[C]):
         for whom there is room to dial do not count. None: no limit.
     :param order: which idle connection is lent: ``"lifo"``, the one used last, so that surplus ones grow old and can
         go; or ``"fifo"``, the one that idled longest, so that all are used in turn.
+    :param min_idle: connections to keep idle and ready, beside those that are lent, as far as `max_connections`
+        allows. They are opened in the background: the constructor does not wait, :meth:`wait_ready` does. One that is
+        seen to be lost is replaced at once, one that was lent at the next tick, a quarter of a second at most.
+        HikariCP's and PyMongo's idea.
+    :param idle_timeout: seconds; a connection that nobody has touched for so long is closed (``idle``), as long as
+        more than `min_idle` idle. May come late by a tenth. None: never.
+    :param max_lifetime: seconds since its opening after which a connection goes (``expired``): at once if it idles,
+        else when it comes back. HikariCP's and PgBouncer's. None: no limit.
+    :param lifetime_jitter: up to this share of `max_lifetime`, 0 to 1, is taken off at random for each connection, so
+        that what was opened together does not go together. The idea is HikariCP's.
+    :param max_uses: a connection that was lent so often goes when it comes back (``expired``). None: no limit.
+    :param keepalive: seconds; ``keepalive()`` is called on a connection that has idled for so long, and again each
+        time as much has passed. It runs in a greenlet of the pool's own and may wait for the peer; meanwhile the
+        connection is not lent; at most `max_connecting` run at once. False, an exception, or taking longer than
+        `keepalive_grace` closes the connection (``stale``). Reserve, ask, give back: as HikariCP does. None: never.
+    :param backoff: ``(first, longest)`` seconds. After a failed dial for `min_idle` the next one waits a random time,
+        up to `first`; after another failure up to twice that, and so on, up to `longest` ("full jitter"). What a
+        borrower waits for is dialled at once, and if that succeeds the waiting is over. Random backoff is what
+        DBConnection does.
+    :param leak_threshold: seconds; whoever has held a connection for longer is reported, once, as a warning that says
+        who, for how long and where it was borrowed; when it comes back there is another. While it is set, the pool
+        notes all that of each borrower, which costs time; see :meth:`holders`. HikariCP's leak detection. None: off.
+    :param reclaim: whether to take back what a :class:`gevent.Greenlet` had borrowed and not given back when it ended:
+        the connection is closed (``reclaimed``), and a warning says where it was borrowed. Leave it off where greenlets
+        pass connections on to others. In DBConnection, too, the end of the owner does this. The pool then notes its
+        borrowers, as above.
     :raises TypeError: a parameter has the wrong type; the message names it and says what it takes.
     :raises ValueError: a parameter has a wrong value; likewise.
     :raises Exception: whatever the dial of an initial connection raised.
@@ -162,8 +189,8 @@ def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any]) -> None:
     """Called by the hub, and only by the hub, when there is something to read on an idle connection."""
     pool = ref()
     if pool is not None:
-        pool._look_away(member)  # or the hub would call again at once
-        pool._spawn(pool._stirs, member)
+        pool._upkeep.look_away(pool, member)  # or the hub would call again at once
+        pool._spawn(stirs, pool, member)
 
 
 def _begin(job: Callable[..., object], args: tuple[object, ...]) -> gevent.Greenlet[..., object]:

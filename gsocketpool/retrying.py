@@ -15,7 +15,8 @@ from typing import Any, ParamSpec, TypeVar, cast, overload
 
 import gevent
 
-from gsocketpool.arguments import seconds, whole_number
+from gsocketpool.arguments import seconds, two_delays, whole_number
+from gsocketpool.lifetime import full_jitter
 
 __all__ = ["retry"]
 
@@ -102,14 +103,14 @@ def retry(
         seconds("interval", interval, zero=True)
         if backoff is not None:
             raise ValueError(f"interval and backoff exclude each other: interval={interval!r}, backoff={backoff!r}")
-    first, longest = _backoff(USUAL_BACKOFF if backoff is None else backoff)
+    first, longest = USUAL_BACKOFF if backoff is None else two_delays("backoff", backoff)
     if deadline is not None:
         seconds("deadline", deadline, zero=False)
 
     def pause_after(failures: int) -> float:
         if interval is not None:
             return interval
-        return random.uniform(0, min(longest, first * 2.0 ** min(failures - 1, 100)))  # 2.0 ** 1024 overflows
+        return full_jitter(failures, first, longest, random.random)
 
     def decorate(f: Callable[P, R]) -> Callable[P, R]:
         name = _name(f)
@@ -191,15 +192,6 @@ def _classes(value: object) -> tuple[type[Exception], ...]:
         if not (isinstance(each, type) and issubclass(each, Exception)):
             raise TypeError(f"exc_classes must be a subclass of Exception or several of them, not {value!r}")
     return cast("tuple[type[Exception], ...]", classes)
-
-
-def _backoff(value: object) -> tuple[float, float]:
-    if not (isinstance(value, tuple) and len(value) == 2):
-        raise TypeError(f"backoff must be two numbers of seconds, (first, longest), not {value!r}")
-    first, longest = (seconds("backoff", each, zero=False) for each in value)
-    if first > longest:
-        raise ValueError(f"backoff must be (first, longest) with the shorter one first, not {value!r}")
-    return first, longest
 
 
 def _message(name: str, value: object, known: set[str]) -> None:

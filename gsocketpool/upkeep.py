@@ -1,0 +1,195 @@
+"""What a pool does of its own accord: one background job for each, that sleeps until something is due."""
+
+from __future__ import annotations
+
+import logging
+import random
+import weakref
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
+
+from gsocketpool.core import Member, Place, new_place
+from gsocketpool.lifetime import NEVER, full_jitter
+from gsocketpool.settings import Settings
+
+if TYPE_CHECKING:
+    from gsocketpool.blocking import BlockingPool
+
+__all__ = ["Upkeep", "keep_up", "stirs"]
+
+logger = logging.getLogger("gsocketpool")
+
+#: Below this many seconds, `check_after_idle` checks each time: so fine a tick would cost more than the checks.
+FINEST_TICK: Final = 0.02
+
+#: The longest time between two ticks, where what was lent must be made up for, or a peer's hanging up be noticed.
+COARSEST_TICK: Final = 0.25
+
+
+class Upkeep:
+    """When a pool must be tended, and how."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._tick = tick_for(settings)
+        self._reap_every = settings.reap_interval if settings.reap_expired_connections else NEVER
+        self._next_tick = self._next_reap = 0.0
+        self._rest_until = NEVER
+        self._wakes_at = 0.0
+        self._proving = 0
+        self._reaping = False
+        self.alarm: Place[Any] = new_place()
+
+    def begin(self, pool: BlockingPool[Any]) -> None:
+        """Tend the pool from now on, if there is anything to do for it."""
+        if min(self._tick, self._reap_every) < NEVER or self._settings.max_lifetime is not None:
+            now = monotonic()
+            pool.cool(now)
+            self._next_tick = now + self._tick
+            self._next_reap = now + self._reap_every
+            pool._spawn(keep_up, weakref.ref(pool), self.alarm, pool._doze)
+
+    def tend(self, pool: BlockingPool[Any]) -> float:
+        """Do what is due. Answers for how many seconds there is nothing."""
+        now = monotonic()
+        if now >= self._next_tick:
+            self._next_tick = now + self._tick
+            for member in pool.cool(now):
+                self.look_at(pool, member)
+        pool._close_all(pool.audit(now), wait=False)
+        self._start_proving(pool)
+        if now >= self._next_reap:
+            self._next_reap = now + self._reap_every
+            if not self._reaping:
+                self._reaping = True
+                pool._spawn(self._reap, pool)
+        if now >= self._rest_until:
+            self.refreshed()
+            pool.rested()
+        if pool._ledger is not None:
+            pool._ledger.report(pool, now)
+        pool._start_dials()
+        self._wakes_at = min(self._next_tick, self._next_reap, self._rest_until, pool.next_audit())
+        return max(0.0, self._wakes_at - monotonic())
+
+    def hurry(self, pool: BlockingPool[Any], when: float) -> None:
+        """Something is due then, which may be sooner than all that was known when the upkeep went to sleep."""
+        if when < self._wakes_at:
+            self._wakes_at = when
+            pool._wake(self.alarm)
+
+    def rest(self, pool: BlockingPool[Any], setbacks: int) -> float:
+        """The stock cannot be dialled for. Answers in how many seconds it will be tried again."""
+        now = monotonic()
+        if self._rest_until == NEVER:
+            self._rest_until = now + full_jitter(setbacks, *self._settings.backoff, random.random)
+            self.hurry(pool, self._rest_until)
+        return self._rest_until - now
+
+    def refreshed(self) -> None:
+        """It can be, or it is time to try."""
+        self._rest_until = NEVER
+
+    def _reap(self, pool: BlockingPool[Any]) -> None:
+        try:
+            pool.drop_expired()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            if not pool._may_raise(error):
+                raise
+            pool._report("drop_expired() failed", error)
+        finally:
+            self._reaping = False
+
+    # Keepalives
+
+    def _start_proving(self, pool: BlockingPool[Any]) -> None:
+        while self._proving < self._settings.max_connecting and (member := pool.prove()) is not None:
+            self._proving += 1
+            pool._spawn(self._prove, pool, member)
+
+    def _prove(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
+        self.look_away(pool, member)
+        alive = False
+        try:
+            with pool._bounded(pool.keepalive_grace):
+                alive = bool(pool._operations.keepalive(member.connection))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            pool._report("keepalive() failed; the connection is closed", error)
+        finally:
+            self._proving -= 1
+            if not alive:
+                pool._discard(member, "stale")
+            elif member.holder is not None:  # else dropped meanwhile
+                pool._settle(pool.inspected(member, first=True), member)
+                if member.holder is None:
+                    self.look_at(pool, member)
+            self._start_proving(pool)
+
+    # Idle connections whose descriptor is known are watched once nobody has touched them for a tick: what is lent again
+    # before that, on the hot path, costs nothing.
+
+    def look_at(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
+        """Be told when the peer of an idle connection hangs up, or says something unasked."""
+        if self._settings.check_after_idle is None or pool.closed:
+            return
+        try:
+            descriptor = pool._operations.fileno(member.connection)
+        except Exception as error:
+            logger.debug("%s: fileno() failed", pool._label, exc_info=error)
+            return
+        if descriptor is not None and descriptor >= 0:
+            member.watch = pool._watch(descriptor, member)
+
+    def look_away(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
+        """No longer: it is lent, asked or closed."""
+        if member.watch is not None:
+            pool._unwatch(member.watch)
+            member.watch = None
+
+
+def tick_for(settings: Settings) -> float:
+    """Seconds between two ticks; each tells which connections nobody has touched since the one before."""
+    wishes = [
+        wish / 10 for wish in (settings.idle_timeout, settings.keepalive, settings.leak_threshold) if wish is not None
+    ]
+    if settings.check_after_idle is not None:
+        # Twice in that time, so that none idles longer between two ticks even when a tick is late.
+        wishes.append(COARSEST_TICK if checks_always(settings) else settings.check_after_idle / 2)
+    if settings.min_idle:
+        wishes.append(COARSEST_TICK)
+    return max(FINEST_TICK / 2, min(wishes)) if wishes else NEVER
+
+
+def checks_always(settings: Settings) -> bool:
+    """Whether `check()` is called each time, whoever has touched the connection."""
+    return settings.check_after_idle is not None and settings.check_after_idle < FINEST_TICK
+
+
+def keep_up(ref: weakref.ref[BlockingPool[Any]], alarm: Place[Any], doze: Callable[[Place[Any], float], None]) -> None:
+    """Tend a pool for as long as somebody refers to it."""
+    while (pool := ref()) is not None and not pool.closed:
+        pause = COARSEST_TICK
+        try:
+            pause = pool._upkeep.tend(pool)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            if not pool._may_raise(error):
+                raise
+            pool._report("upkeep failed", error)
+        del pool
+        doze(alarm, pause)
+
+
+def stirs(pool: BlockingPool[Any], member: Member[Any]) -> None:
+    """There is something to read on a connection that idles, or idled a moment ago."""
+    if pool.take_out(member):
+        member.uses += 1  # as if it were lent: whoever rejects it takes that back
+        if pool._passes_check(member):
+            member.uses -= 1
+            pool._settle(pool.inspected(member, first=True), member)
