@@ -140,6 +140,7 @@ class BlockingPool(Core[C]):
         "__weakref__",
         "_drains",
         "_factory",
+        "_filling",
         "_given_up",
         "_ledger",
         "_operations",
@@ -224,6 +225,8 @@ class BlockingPool(Core[C]):
         # No longer the pool's though their borrowers may still have them: giving one back is no mistake.
         self._given_up: dict[int, C] = {}
 
+        self._filling = initial_connections > 0  # the stock comes after them
+
         self._settle_in()
         self._upkeep = Upkeep(settings)
         pools[id(self)] = self
@@ -234,6 +237,7 @@ class BlockingPool(Core[C]):
             except BaseException:
                 self.close()
                 raise
+            self._filling = False
         self._start_dials()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -341,6 +345,7 @@ class BlockingPool(Core[C]):
                     self._settle(self.inspected(member), member)
             finished = True
         finally:
+            self._upkeep.look_at(self, self.unseen())
             self._close_all(expired, wait=finished)
 
     def clear(self) -> None:
@@ -361,6 +366,7 @@ class BlockingPool(Core[C]):
         self._close_all(self.set_cap(whole_number("max_connections", max_connections, least=1)), wait=False)
         self._start_dials()
         self._wake_ready()
+        self._wake_unreserved()
 
     def pause(self) -> None:
         """Lend nothing and dial nothing until :meth:`resume`. Whoever asks waits, as long as he can; what is lent comes
@@ -389,7 +395,7 @@ class BlockingPool(Core[C]):
             while not self._closed and self.size < min(self._min_idle, self._max_connections):
                 left = None if timeout is None else started + timeout - monotonic()
                 if left is not None and left <= 0:
-                    raise self._exhausted_error(started, f"{self.size} of min_idle={self._min_idle} open")
+                    raise self._not_ready_error(started)
                 self._park(place, left)
         finally:
             self._ready.remove(place)
@@ -515,8 +521,8 @@ class BlockingPool(Core[C]):
                     raise
                 found = found.member or self._ended_without(found, started)
             if type(found) is Member:
+                found.holder = holder
                 if not found.cold or self._passes_check(found):
-                    found.holder = holder
                     if self._ledger is not None:
                         self._ledger.begin(self, found)
                     return found
@@ -599,7 +605,19 @@ class BlockingPool(Core[C]):
             self.reject(member)
             self._close_all([member], wait=False)
 
-    def _exhausted_error(self, started: float, what: str = "no connection to lend") -> PoolExhaustedError:
+    def _not_ready_error(self, started: float) -> PoolExhaustedError:
+        text = f"{self.size} of min_idle={self._min_idle} connections open"
+        if self._paused:
+            hint = "the pool is paused: resume() dials again"
+        elif self._resting:
+            hint = f"the next dial for them in {self._upkeep.rest(self, self._setbacks):.2f} s; wait longer (timeout=)"
+        else:
+            hint = "wait longer (timeout=)"
+        return self._exhausted_error(started, text, hint)
+
+    def _exhausted_error(
+        self, started: float, what: str = "no connection to lend", hint: str | None = None
+    ) -> PoolExhaustedError:
         self._exhausted += 1
         stats = self.stats()
         waited = monotonic() - started
@@ -610,6 +628,9 @@ class BlockingPool(Core[C]):
         )
         if self._last_error is not None:
             text += f"; the last connect error was {self._last_error!r}"
+        if hint is not None:
+            text += f"; {hint}"
+            return PoolExhaustedError(text, stats=stats, waited=waited, last_error=self._last_error)
         if self._max_waiting is not None and stats.waiting >= self._max_waiting:
             text += f"; as many wait as max_waiting={self._max_waiting} allows"
         loans: list[Loan] = [member.loan for member in self._members.values() if member.loan is not None]
@@ -707,7 +728,7 @@ class BlockingPool(Core[C]):
             except BaseException as error:  # too deep a recursion, say
                 self.failed(place, error)
                 raise
-        while self._min_idle and self.permit_spare():
+        while self._min_idle and not self._filling and self.permit_spare():
             try:
                 self._spawn(self._dial_spare)
             except BaseException as error:
@@ -768,11 +789,18 @@ class BlockingPool(Core[C]):
         member = self._members.get(id(connection))
         if outcome is RETIRED:
             self._close_all([Member(connection)], wait=False)
+            self._wake_unreserved()
         elif member is not None:
             self._settle(outcome, member)
         self._upkeep.refreshed()
         self._upkeep.hurry(self, look_at)
         self._wake_ready()
+
+    def _wake_unreserved(self) -> None:
+        """Whoever waited for a dial without a limit, and has lost his slot, has one now."""
+        for place in self._undialled:
+            if not place.reserved:
+                self._wake(place)
 
     def _wake_ready(self) -> None:
         for place in self._ready:
@@ -842,7 +870,9 @@ class BlockingPool(Core[C]):
         for member in kept:
             self._end_loan(member)
             self._given_up[id(member.connection)] = member.connection
-            self.retire(member, "closed")
+            granted_to = self.retire(member, "closed")
+            if granted_to is not None:
+                self._tell_closed(granted_to)
         self._close_all(kept, wait=True)
 
     def _wake_drains(self) -> None:

@@ -160,6 +160,7 @@ class Core(Generic[C]):
         "_stern",
         "_tickets",
         "_undialled",
+        "_unseen",
         "_warm",
     )
 
@@ -198,6 +199,7 @@ class Core(Generic[C]):
         self._tickets = 0
         self._due: deque[Member[C]] = deque()  # for a keepalive
         self._now = 0.0  # when `cool` was called last
+        self._unseen: list[Member[C]] = []  # became cold since
         self._dialling = 0
         self._closing = 0
         self._doomed = 0  # members in use that have a fate
@@ -501,7 +503,9 @@ class Core(Generic[C]):
         self._ceiling = max(max_connections, self.total)
         self._max_connections = max_connections
         retired = self._retire_idle(len(self._members) + self._dialling - max_connections, "shrunk")
-        self._balance()
+        room = max_connections - len(self._members) - self._dialling
+        for number, place in enumerate(self._undialled):
+            place.reserved = place.reserved and number < room
         self._set_lanes()
         return retired
 
@@ -532,7 +536,15 @@ class Core(Generic[C]):
         granted = [member.holder for member in members if isinstance(member.holder, Place)]
         for member in members:
             member.holder = member.fate = None
-        for container in (self._members, self._claimed, self._warm, self._cold, self._agenda, self._due):
+        for container in (
+            self._members,
+            self._claimed,
+            self._warm,
+            self._cold,
+            self._agenda,
+            self._due,
+            self._unseen,
+        ):
             container.clear()
         queue = [*granted, *self._dialled, *self._undialled]
         self._dialled.clear()
@@ -575,30 +587,39 @@ class Core(Generic[C]):
     # then tells which have idled for a while, and neither acquire nor release reads a clock.
 
     def cool(self, now: float) -> list[Member[C]]:
-        """Whatever is idle now has idled for a while if nobody has touched it by the next call. Answers what was
-        touched since the last one."""
+        """Whatever is idle now has idled for a while if nobody has touched it by the next call. Answers as `unseen`."""
         self._now = now
-        cooled = list(self._warm)
-        self._warm.clear()
-        for member in cooled:
+        for member in self._warm:
             member.cold = True
             member.since = now
             self._cold[member] = None
-        return cooled
+        self._unseen += self._warm
+        self._warm.clear()
+        return self.unseen()
+
+    def unseen(self) -> list[Member[C]]:
+        """What has become cold since this was asked last; some of it may be in use by now, or closed."""
+        unseen, self._unseen = self._unseen, []
+        return unseen
 
     def inspect(self) -> Member[C] | None:
         """Take out the connection that has idled longest, to give it back or retire it; `inspect` comes to it again
         only after all others."""
-        self._cold.update(dict.fromkeys(self._warm))
-        for member in self._warm:
-            member.cold = True
-            member.since = self._now
-        self._warm.clear()
+        if self._warm:
+            self._unseen = self.cool(self._now)  # still
         if not self._cold:
             return None
         member, _ = self._cold.popitem(last=False)
         member.holder = INSPECTED
         return member
+
+    def show_again(self, member: Member[C]) -> None:
+        """Have the next `cool` answer it again."""
+        self._unseen.append(member)
+
+    def is_cold(self, member: Member[C]) -> bool:
+        """Whether it idles, and nobody has touched it for a while."""
+        return member in self._cold
 
     def take_out(self, member: Member[C]) -> bool:
         """Take out this one, if it idles, to give it back by `inspected` or retire it."""
@@ -699,6 +720,7 @@ class Core(Generic[C]):
         """A waiter whose dial has ended, or was used up by somebody before him, is without one again."""
         while len(self._dialled) > self._dialling:
             place, _ = self._dialled.popitem()
+            place.reserved = len(self._members) + self._dialling < self._max_connections
             self._undialled[place] = None
             self._undialled.move_to_end(place, last=False)
 

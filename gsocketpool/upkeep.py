@@ -55,8 +55,7 @@ class Upkeep:
         now = monotonic()
         if now >= self._next_tick:
             self._next_tick = now + self._tick
-            for member in pool.cool(now):
-                self.look_at(pool, member)
+            self.look_at(pool, pool.cool(now))
         pool._close_all(pool.audit(now), wait=False)
         self._start_proving(pool)
         if now >= self._next_reap:
@@ -126,24 +125,25 @@ class Upkeep:
                 pool._discard(member, "stale")
             elif member.holder is not None:  # else dropped meanwhile
                 pool._settle(pool.inspected(member, first=True), member)
-                if member.holder is None:
-                    self.look_at(pool, member)
+                self.look_at(pool, [member])
             self._start_proving(pool)
 
     # Idle connections whose descriptor is known are watched once nobody has touched them for a tick: what is lent again
     # before that, on the hot path, costs nothing.
 
-    def look_at(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
+    def look_at(self, pool: BlockingPool[Any], members: list[Member[Any]]) -> None:
         """Be told when the peer of an idle connection hangs up, or says something unasked."""
-        if self._settings.check_after_idle is None or pool.closed:
+        if self._settings.check_after_idle is None:
             return
-        try:
-            descriptor = pool._operations.fileno(member.connection)
-        except Exception as error:
-            logger.debug("%s: fileno() failed", pool._label, exc_info=error)
-            return
-        if descriptor is not None and descriptor >= 0:
-            member.watch = pool._watch(descriptor, member)
+        for member in members:
+            if member.watch is not None or not pool.is_cold(member):
+                continue
+            try:
+                descriptor = pool._operations.fileno(member.connection)
+                if descriptor is not None and descriptor >= 0:
+                    member.watch = pool._watch(descriptor, member)
+            except Exception as error:
+                logger.debug("%s: a connection cannot be watched by its fileno()", pool._label, exc_info=error)
 
     def look_away(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
         """No longer: it is lent, asked or closed."""
@@ -193,3 +193,4 @@ def stirs(pool: BlockingPool[Any], member: Member[Any]) -> None:
         if pool._passes_check(member):
             member.uses -= 1
             pool._settle(pool.inspected(member, first=True), member)
+            pool.show_again(member)  # watched again, but not before the next tick: it may have left something to read
