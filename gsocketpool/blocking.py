@@ -147,6 +147,7 @@ class BlockingPool(Core[C]):
         "_options",
         "_ready",
         "_settings",
+        "_talking",
         "_upkeep",
         "_usual_limit",
     )
@@ -225,6 +226,7 @@ class BlockingPool(Core[C]):
         # No longer the pool's though their borrowers may still have them: giving one back is no mistake.
         self._given_up: dict[int, C] = {}
 
+        self._talking: set[object] = set()  # jobs of the pool's own that are opening, closing or asking a connection
         self._filling = initial_connections > 0  # the stock comes after them
 
         self._settle_in()
@@ -724,24 +726,29 @@ class BlockingPool(Core[C]):
     def _start_dials(self) -> None:
         while (place := self.permit()) is not None:
             try:
-                self._spawn(self._dial, place)
+                self._spawn(self._dial, place, False, self._epoch)
             except BaseException as error:  # too deep a recursion, say
                 self.failed(place, error)
                 raise
         while self._min_idle and not self._filling and self.permit_spare():
             try:
-                self._spawn(self._dial_spare)
+                self._spawn(self._dial, None, True, self._epoch)
             except BaseException as error:
                 self.failed(None, error)
                 raise
 
-    def _dial(self, place: Place[C] | None, spare: bool = False) -> BaseException | None:
+    def _dial(self, place: Place[C] | None, spare: bool, epoch: int) -> BaseException | None:
         """Redeem a permit. Answers the error if it failed.
 
         :param spare: it is for the stock of idle connections.
+        :param epoch: when the permit was given. If it is another one by now, this is the child of a fork.
         """
-        epoch, generation = self._epoch, self._generation
+        if epoch != self._epoch:
+            return None
+        generation = self._generation
         problem: BaseException | None = None
+        task = self._borrower()
+        self._talking.add(task)
         try:
             connection = self._create_connection()
             self._vet(connection)
@@ -756,9 +763,10 @@ class BlockingPool(Core[C]):
         else:
             if epoch == self._epoch:
                 self._opened_one(connection, generation)
-            else:  # begun by the process of which this one is a copy
+            else:
                 self._close_half_open(connection)
         finally:
+            self._talking.discard(task)
             self._start_dials()
             self._wake_drains()
         try:
@@ -766,14 +774,13 @@ class BlockingPool(Core[C]):
         finally:
             del problem  # it refers to this frame
 
-    def _dial_spare(self) -> None:
-        self._dial(None, spare=True)
-
     def _failed(self, place: Place[C] | None, problem: BaseException, spare: bool) -> None:
         waiter = self.failed(place, problem, spare)
         if spare:
+            known = self._upkeep.resting
             pause = self._upkeep.rest(self, self._setbacks)
-            self._report(f"a dial for min_idle={self._min_idle} failed; the next one in {pause:.2f} s", problem)
+            if not known:  # else it is one of several side by side
+                self._report(f"a dial for min_idle={self._min_idle} failed; the next one in {pause:.2f} s", problem)
         elif waiter is not None:
             self._wake(waiter)
         elif place is not None:
@@ -829,7 +836,7 @@ class BlockingPool(Core[C]):
         def work() -> None:
             while tally.unstarted and tally.error is None and self.permit_unasked():
                 tally.unstarted -= 1
-                tally.error = self._dial(None) or tally.error
+                tally.error = self._dial(None, False, self._epoch) or tally.error
                 tally.left -= 1
             if tally.error is not None or not tally.left:
                 self._wake(tally.place)
@@ -889,23 +896,40 @@ class BlockingPool(Core[C]):
             self._park(tally.place, None)
 
     def _close_one(self, member: Member[C], tally: _Tally[C], epoch: int) -> None:
-        connection = member.connection
-        self._upkeep.look_away(self, member)
+        task = self._borrower()
+        self._talking.add(task)
         try:
-            with self._bounded(self.close_grace):
-                self._operations.close(connection)
+            if epoch == self._epoch:  # else this is the child of a fork
+                self._upkeep.look_away(self, member)
+                with self._bounded(self.close_grace):
+                    self._operations.close(member.connection)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            self._report("close() failed", error)
-        finally:
             if epoch == self._epoch:
-                self.freed(connection)
+                self._report("close() failed", error)
+        finally:
+            self._talking.discard(task)
+            if epoch == self._epoch:
+                self.freed(member.connection)
                 self._start_dials()
             tally.left -= 1
             if not tally.left:
                 self._wake(tally.place)
             self._wake_drains()
+
+    def _after_fork(self, members: list[Member[C]], connections: list[C], places: list[Place[C]]) -> None:
+        """In the child: none of these connections is its own."""
+        self._talking.clear()
+        for member in members:
+            self._upkeep.look_away(self, member)
+        if self._ledger is not None:
+            self._ledger.forget(members)
+        self._given_up.update((id(connection), connection) for connection in connections)
+        for place in places:
+            self._tell_closed(place)
+        self._wake_drains()
+        self._start_dials()
 
     # Saying what goes on
 
@@ -949,6 +973,10 @@ class BlockingPool(Core[C]):
 
     def _unwatch(self, watch: Any) -> None:
         """No longer; the descriptor may be closed now."""
+        raise NotImplementedError
+
+    def _end(self, task: Any) -> None:
+        """Kill a job, soon."""
         raise NotImplementedError
 
     def _borrower(self) -> object:

@@ -527,38 +527,38 @@ class Core(Generic[C]):
         self._set_lanes()
         return places
 
-    def forget(self) -> list[C]:
+    def forget(self) -> tuple[list[C], list[Place[C]]]:
         """Begin anew without any connection, as the copy of a process must that has all sockets in common with it.
-        Answers the connections that are no longer this pool's, nor any permit: a dial or a close of an earlier `epoch`
-        has nothing to redeem."""
-        forgotten = [*self._claimed.values(), *(member.connection for member in self._members.values())]
+        Answers the connections that are no longer this pool's, and the places that must be told if it is closed; else
+        whoever waits goes on waiting, in the same order. A dial or a close of an earlier epoch has nothing to redeem.
+        """
         members = list(self._members.values())
-        granted = [member.holder for member in members if isinstance(member.holder, Place)]
+        forgotten = [*self._claimed.values(), *(member.connection for member in members)]
+        queue = [member.holder for member in members if isinstance(member.holder, Place)]
+        queue += [*self._dialled, *self._undialled]
         for member in members:
+            self._retired_uses += member.uses
             member.holder = member.fate = None
-        for container in (
-            self._members,
-            self._claimed,
-            self._warm,
-            self._cold,
-            self._agenda,
-            self._due,
-            self._unseen,
-        ):
-            container.clear()
-        queue = [*granted, *self._dialled, *self._undialled]
+        self._members.clear()
+        self._claimed.clear()
+        self._warm.clear()
+        self._cold.clear()
         self._dialled.clear()
         self._undialled.clear()
+        self._agenda.clear()
+        self._due.clear()
+        self._unseen.clear()
         for place in queue:
             place.member = None
-            self._undialled[place] = None
+            if not self._closed:
+                self._undialled[place] = None
         self._dialling = self._closing = self._doomed = 0
         self._ceiling = self._max_connections
         self._resting = False
         self._latest = NOBODY
         self._epoch += 1
         self._set_lanes()
-        return forgotten
+        return forgotten, queue if self._closed else []
 
     def _retire_idle(self, count: int, reason: str) -> list[Member[C]]:
         """What has idled longest first."""

@@ -1,12 +1,13 @@
-"""What becomes of a pool in the child of a fork, whose sockets are all the parent's.
+"""What becomes of the pools in the child of a fork, where all sockets are the parent's.
 
-What the child may still do with one, by a reference that somebody has kept or in a greenlet that was using it, must not
-reach the peer. So the child's descriptor is made to lead nowhere; and the object is kept for good, since its finalizer
-might say something to the peer. The pool begins anew, empty.
+What the child may still do with one must not reach the peer: by a reference that somebody has kept, in a greenlet that
+was using it and was carried over, or in a finalizer. So the child's descriptors are made to lead nowhere, whatever the
+pools themselves were doing with a connection is ended, and the objects are kept for good. The pools begin anew, empty.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -23,36 +24,69 @@ logger = logging.getLogger("gsocketpool")
 #: All pools of this process, by their identity: a subclass may define `__eq__` as it likes.
 pools: weakref.WeakValueDictionary[int, BlockingPool[Any]] = weakref.WeakValueDictionary()
 
+# The parent's connections: their finalizers might say something to the peer.
+_kept: list[Any] = []
+
 
 def begin_anew() -> None:
-    """In the child, before anything else runs."""
+    """In the child, before anything else runs. One pool's trouble must not keep the others from being cut off."""
+    forgotten = []
     for pool in list(pools.values()):
+        for task in pool._talking:
+            pool._end(task)
         members = list(pool._members.values())
-        for member in members:
-            pool._upkeep.look_away(pool, member)
-        if pool._ledger is not None:
-            pool._ledger.forget(members)
-        connections = pool.forget()
-        pool._given_up.update((id(connection), connection) for connection in connections)
-        _cut_off(pool, connections)
-        if not pool.closed:
-            pool._start_dials()
+        connections, places = pool.forget()
+        forgotten.append((pool, members, connections, places))
+        _kept.extend(connections)
+    _cut_off([descriptor for pool, _, connections, _ in forgotten for descriptor in _descriptors(pool, connections)])
+    for pool, members, connections, places in forgotten:
+        try:
+            pool._after_fork(members, connections, places)
+        except Exception as error:
+            pool._report("it did not begin anew after a fork", error)
 
 
-def _cut_off(pool: BlockingPool[Any], connections: list[Any]) -> None:
-    dead_end, other = socket.socketpair()
+def _descriptors(pool: BlockingPool[Any], connections: list[Any]) -> list[int]:
+    found = []
+    for connection in connections:
+        try:
+            descriptor = pool._operations.fileno(connection)
+            if descriptor is not None and descriptor >= 0:
+                found.append(descriptor)
+        except BaseException as error:
+            logger.debug("%s: fileno() failed", pool._label, exc_info=error)
+    return found
+
+
+def _cut_off(descriptors: list[int]) -> None:
+    if not descriptors:
+        return
     try:
-        other.close()
-        dead_end.setblocking(False)
-        for connection in connections:
-            try:
-                descriptor = pool._operations.fileno(connection)
-                if descriptor is not None and descriptor >= 0:
+        dead_end = _dead_end()
+    except OSError:  # no descriptor is free
+        os.close(descriptors[0])
+        dead_end = _dead_end()
+    with dead_end:
+        for descriptor in descriptors:
+            if descriptor != dead_end.fileno():
+                try:
                     os.dup2(dead_end.fileno(), descriptor, inheritable=False)
-            except Exception as error:
-                logger.debug("%s: fileno() failed", pool._label, exc_info=error)
-    finally:
-        dead_end.close()
+                except OSError as error:
+                    logger.debug("descriptor %d cannot be cut off", descriptor, exc_info=error)
+
+
+def _dead_end() -> socket.socket:
+    """A socket on which whatever is done is an error. An end of the stream would be none: it might be taken for the end
+    of a reply."""
+    try:
+        dead_end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        dead_end, other = socket.socketpair()  # where there is no such socket, as on macOS
+        other.close()
+    dead_end.setblocking(False)
+    return dead_end
 
 
 if hasattr(os, "register_at_fork"):

@@ -166,6 +166,9 @@ class Pool(BlockingPool[C]):
     def _unwatch(self, watch: Any) -> None:
         watch.close()
 
+    def _end(self, task: Any) -> None:
+        task.kill(block=False)
+
     def _borrower(self) -> object:
         return getcurrent()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from gsocketpool.core import Member, Place, new_place
+from gsocketpool.core import INSPECTED, Member, Place, new_place
 from gsocketpool.lifetime import NEVER, full_jitter
 from gsocketpool.settings import Settings
 
@@ -81,10 +81,15 @@ class Upkeep:
     def rest(self, pool: BlockingPool[Any], setbacks: int) -> float:
         """The stock cannot be dialled for. Answers in how many seconds it will be tried again."""
         now = monotonic()
-        if self._rest_until == NEVER:
+        if not self.resting:
             self._rest_until = now + full_jitter(setbacks, *self._settings.backoff, random.random)
             self.hurry(pool, self._rest_until)
         return self._rest_until - now
+
+    @property
+    def resting(self) -> bool:
+        """Whether the stock is not dialled for, since that failed."""
+        return self._rest_until < NEVER
 
     def refreshed(self) -> None:
         """It can be, or it is time to try."""
@@ -110,20 +115,25 @@ class Upkeep:
             pool._spawn(self._prove, pool, member)
 
     def _prove(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
-        self.look_away(pool, member)
         alive = False
+        task = pool._borrower()
+        pool._talking.add(task)
         try:
-            with pool._bounded(pool.keepalive_grace):
-                alive = bool(pool._operations.keepalive(member.connection))
+            if member.holder is INSPECTED:  # else it was dropped, or this is the child of a fork
+                self.look_away(pool, member)
+                with pool._bounded(pool.keepalive_grace):
+                    alive = bool(pool._operations.keepalive(member.connection))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            pool._report("keepalive() failed; the connection is closed", error)
+            if member.holder is INSPECTED:
+                pool._report("keepalive() failed; the connection is closed", error)
         finally:
+            pool._talking.discard(task)
             self._proving -= 1
             if not alive:
                 pool._discard(member, "stale")
-            elif member.holder is not None:  # else dropped meanwhile
+            elif member.holder is INSPECTED:
                 pool._settle(pool.inspected(member, first=True), member)
                 self.look_at(pool, [member])
             self._start_proving(pool)
