@@ -8,7 +8,7 @@ OLD := $(VENV)/peers/gsocketpool-0.1.6
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: help demo test check docs bench peers format clean
+.PHONY: help demo test check docs bench faults soak peers format clean
 .NOTPARALLEL:
 
 help:
@@ -18,6 +18,8 @@ help:
 	@echo "make format  let ruff mend what it can"
 	@echo "make docs    the manual, in docs/_build/html"
 	@echo "make bench   all pools side by side"
+	@echo "make faults  what each fault costs, in front of real servers, written into the docs"
+	@echo "make soak    a month of a service, a million borrowings, in about ten minutes"
 	@echo "make clean   remove whatever these made"
 
 demo: $(VENV)/.demo
@@ -41,6 +43,12 @@ docs: $(VENV)/.docs
 
 bench: peers
 	@$(BIN)/python -m benchmarks
+
+faults: $(VENV)/.test
+	@GSOCKETPOOL_FAULTS=write $(BIN)/python -m pytest tests/test_faults.py
+
+soak: $(VENV)/.test
+	@$(BIN)/python -m tests.soak
 
 # The pools that the benchmarks measure beside this one.
 peers: $(VENV)/.bench

@@ -505,8 +505,8 @@ class BlockingPool(Core[C]):
         else:
             limit, lenient, wait = self._limit(retry, retried, timeout)
         started = monotonic()
+        found = self.take(wait)
         while True:
-            found = self.take(wait)
             if type(found) is Place:
                 try:
                     if found.reserved:
@@ -530,6 +530,8 @@ class BlockingPool(Core[C]):
                     return found
                 if limit and not lenient and monotonic() >= started + limit:
                     raise self._exhausted_error(started)
+                found = self.retake(wait)
+                self._wake_unreserved()
             elif found is CLOSED:
                 raise PoolClosedError(f"{self._label} is closed")
             else:
@@ -776,6 +778,7 @@ class BlockingPool(Core[C]):
 
     def _failed(self, place: Place[C] | None, problem: BaseException, spare: bool) -> None:
         waiter = self.failed(place, problem, spare)
+        self._wake_unreserved()
         if spare:
             known = self._upkeep.resting
             pause = self._upkeep.rest(self, self._setbacks)
@@ -796,18 +799,17 @@ class BlockingPool(Core[C]):
         member = self._members.get(id(connection))
         if outcome is RETIRED:
             self._close_all([Member(connection)], wait=False)
-            self._wake_unreserved()
         elif member is not None:
             self._settle(outcome, member)
         self._upkeep.refreshed()
         self._upkeep.hurry(self, look_at)
+        self._wake_unreserved()
         self._wake_ready()
 
     def _wake_unreserved(self) -> None:
-        """Whoever waited for a dial without a limit, and has lost his slot, has one now."""
-        for place in self._undialled:
-            if not place.reserved:
-                self._wake(place)
+        """Whoever waits for a dial without a limit, and has lost his slot, has a limit now."""
+        for place in self.unreserved():
+            self._wake(place)
 
     def _wake_ready(self) -> None:
         for place in self._ready:

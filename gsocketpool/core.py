@@ -161,6 +161,7 @@ class Core(Generic[C]):
         "_tickets",
         "_undialled",
         "_unseen",
+        "_unsettled",
         "_warm",
     )
 
@@ -208,6 +209,7 @@ class Core(Generic[C]):
         self._paused = False
         self._resets = False
         self._resting = False
+        self._unsettled = False
         self._setbacks = 0
         self._generation = 0
         self._epoch = 0
@@ -275,6 +277,18 @@ class Core(Generic[C]):
         place = new_place(reserved)
         queue[place] = None
         self._set_lanes()
+        return place
+
+    def retake(self, wait: bool) -> Member[C] | Place[C] | Sentinel:
+        """As `take`, for one whose connection turned out dead before he had it: he is first in line, not last."""
+        if self._closed:
+            return CLOSED
+        if not self.waiting and self.idle and not self._paused:
+            return self.take(wait)
+        if not wait:
+            return EXHAUSTED
+        place = new_place(not self._paused and self._has_room())
+        self._requeue(place)
         return place
 
     def give(self, member: Member[C]) -> Place[C] | Sentinel | None:
@@ -505,7 +519,9 @@ class Core(Generic[C]):
         retired = self._retire_idle(len(self._members) + self._dialling - max_connections, "shrunk")
         room = max_connections - len(self._members) - self._dialling
         for number, place in enumerate(self._undialled):
-            place.reserved = place.reserved and number < room
+            if place.reserved and number >= room:
+                place.reserved = False
+                self._unsettled = True
         self._set_lanes()
         return retired
 
@@ -720,9 +736,22 @@ class Core(Generic[C]):
         """A waiter whose dial has ended, or was used up by somebody before him, is without one again."""
         while len(self._dialled) > self._dialling:
             place, _ = self._dialled.popitem()
-            place.reserved = len(self._members) + self._dialling < self._max_connections
+            if not self._has_room():
+                place.reserved = False
+                self._unsettled = True
             self._undialled[place] = None
             self._undialled.move_to_end(place, last=False)
+
+    def unreserved(self) -> list[Place[C]]:
+        """Who has lost a slot since this was asked last, and may stand there without a limit; and a few others."""
+        if not self._unsettled:
+            return []
+        self._unsettled = False
+        return [place for place in self._undialled if not place.reserved]
+
+    def _has_room(self) -> bool:
+        """Whether there is a slot for one more, one that is being emptied included."""
+        return len(self._members) + self._dialling < self._max_connections
 
     def _may_dial(self) -> bool:
         return self._dialling < self._max_connecting and self.total < self._max_connections
