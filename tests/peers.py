@@ -141,7 +141,10 @@ class Peer:
         raise NotImplementedError
 
     def connections(self) -> int:
-        """How many client connections the server itself counts, this question's own not included."""
+        """How many client connections the server itself counts, this question's own not included.
+
+        Nor are those that call themselves "asking", where clients have names.
+        """
         raise NotImplementedError
 
     def user(self) -> dict[str, Any]:
@@ -198,6 +201,7 @@ class Peer:
 
     def kill(self) -> None:
         """SIGKILL to the server and its workers."""
+        self.pause()  # what it forked in the meantime would live on
         self._end(signal.SIGKILL, self._pids())
 
     def restart(self) -> None:
@@ -207,7 +211,11 @@ class Peer:
 
     def pause(self) -> None:
         """SIGSTOP: the kernel still completes TCP's handshake, and nothing else happens."""
-        self._signal(signal.SIGSTOP, self._pids())
+        # The one that forks comes first, lest it forks once more.
+        self._signal(signal.SIGSTOP, self._pids()[:1])
+        self._await_stop(self._pids()[:1])
+        self._signal(signal.SIGSTOP, self._pids()[1:])
+        self._await_stop(self._pids()[1:])
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT, self._pids())
@@ -228,9 +236,21 @@ class Peer:
             assert time.monotonic() < deadline, f"{self!r} counts {found} connections, not {count}"
             time.sleep(0.005)
 
+    def _await_stop(self, pids: list[int]) -> None:
+        """A signal takes effect a little later."""
+        deadline = time.monotonic() + PATIENCE
+        for pid in pids:
+            while _runs(pid):
+                assert time.monotonic() < deadline, f"{pid} of {self!r} does not stop"
+                time.sleep(0.0005)
+
     def _pids(self) -> list[int]:
         assert self._process is not None, f"{self!r} does not run"
-        return [self._process.pid, *(p.pid for p in psutil.Process(self._process.pid).children(recursive=True))]
+        return [self._process.pid, *(worker.pid for worker in self._workers())]
+
+    def _workers(self) -> list[psutil.Process]:
+        assert self._process is not None, f"{self!r} does not run"
+        return psutil.Process(self._process.pid).children(recursive=True)
 
     def _signal(self, number: signal.Signals, pids: list[int]) -> None:
         for pid in pids:
@@ -239,7 +259,7 @@ class Peer:
 
     def _end(self, number: signal.Signals, pids: list[int]) -> None:
         assert self._process is not None
-        workers = [psutil.Process(pid) for pid in self._pids()[1:]]
+        workers = self._workers()
         self._signal(number, pids)
         try:
             self._process.wait(PATIENCE)
@@ -260,6 +280,13 @@ class Peer:
 def _lives(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -391,7 +418,7 @@ class Postgres(Peer):
             return row[0]
 
     def connections(self) -> int:
-        others = "backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        others = "backend_type = 'client backend' AND pid <> pg_backend_pid() AND application_name <> 'asking'"
         return int(self.ask(f"SELECT count(*) FROM pg_stat_activity WHERE {others}"))
 
 
@@ -403,12 +430,14 @@ class Nginx(Peer):
     | ``/echo?TEXT``          | TEXT, the connection's number, and the request's number on that connection        |
     | ``/brief``              | the same; then the connection is closed after 50 ms without another request      |
     | ``/last``               | the same; then the connection is closed                                          |
+    | ``/upstream?TEXT``      | whatever an HTTP server at `upstream_port` answers, if the test runs one         |
     """
 
     name = "nginx"
 
     def prepare(self) -> None:
         self.tls_port = free_port()
+        self.upstream_port = free_port()
         self.authority = trustme.CA()
         certificate = self.authority.issue_cert(self.host, "localhost")
         certificate.private_key_and_cert_chain_pem.write_to_path(str(self.folder / "certificate.pem"))
@@ -427,6 +456,7 @@ class Nginx(Peer):
                 access_log off;
                 default_type text/plain;
                 client_body_temp_path .;
+                proxy_temp_path .;
                 ssl_certificate certificate.pem;
                 ssl_certificate_key certificate.pem;
                 server {{
@@ -437,6 +467,7 @@ class Nginx(Peer):
                     location = /echo {{ {answer} }}
                     location = /brief {{ keepalive_timeout 50ms; {answer} }}
                     location = /last {{ keepalive_requests 1; {answer} }}
+                    location = /upstream {{ proxy_pass http://{self.host}:{self.upstream_port}; }}
                 }}
             }}
             """

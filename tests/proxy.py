@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import gevent
 from gevent import socket
@@ -10,12 +10,15 @@ from gevent.event import Event
 
 from tests.servers import Server, reset
 
+#: Whom a fault hits: all connections, those that are open now, or those that come. The others go on as before.
+Who = Literal["all", "open", "new"]
+
 
 class Proxy(Server):
     """Forwards connections to a server, as they are or as the test wants them to fail.
 
     It begins with :meth:`forward`; each method changes what it does from now on, to the connections that are open and
-    to those that come. It counts connections as every :class:`Server` does.
+    to those that come, or to one of these groups alone. It counts connections as every :class:`Server` does.
 
     :param target_host: the server's address.
     :param target_port: the server's port.
@@ -25,7 +28,9 @@ class Proxy(Server):
         super().__init__(self._handle)
         self._target = (target_host, target_port)
         self._clients: set[Any] = set()
+        self._heard: set[Any] = set()  # those that have said something
         self._mode = "forward"
+        self._modes: dict[Any, str] = {}  # of the connections that fare otherwise than those that come
         self._delay = 0.0
         self._left: dict[Any, int] = {}  # bytes that a client may still get
         self._limit = 0
@@ -60,46 +65,63 @@ class Proxy(Server):
         """Pass everything on, beginning with what a black hole held."""
         self._change("forward")
 
-    def reset(self) -> None:
-        """Reset all connections."""
-        self._change("reset")
-        for client in list(self._clients):
+    def reset(self, who: Who = "all") -> None:
+        """Reset connections."""
+        self._change("reset", who)
+        for client in [] if who == "new" else list(self._clients):
             reset(client)
 
-    def half_close(self) -> None:
+    def half_close(self, who: Who = "all") -> None:
         """End the stream towards the client, and go on taking what it sends."""
-        self._change("half_close")
-        for client in list(self._clients):
+        self._change("half_close", who)
+        for client in [] if who == "new" else list(self._clients):
             self._end(client)
 
-    def black_hole(self) -> None:
+    def black_hole(self, who: Who = "all") -> None:
         """Accept connections, and pass nothing on."""
-        self._change("black_hole")
+        self._change("black_hole", who)
 
     def delay(self, seconds: float) -> None:
         """Pass every piece on ``seconds`` later."""
         self._change("delay")
         self._delay = seconds
 
-    def truncate(self, size: int) -> None:
+    def truncate(self, size: int, who: Who = "all") -> None:
         """Give each client ``size`` bytes more, then end the stream."""
-        self._change("truncate")
         self._limit = size
         self._left.clear()
+        self._change("truncate", who)
 
     def refuse(self) -> None:
         """Refuse connections; those that are open go on."""
         self._change("refuse")
 
-    def _change(self, mode: str) -> None:
-        if mode == "refuse" and self._mode != "refuse":
-            self._stop_accepting()
-        elif mode != "refuse" and self._mode == "refuse":
-            self._listener = self._listen()
-            self._accepting = gevent.spawn(self._accept, self._listener)
-        self._mode = mode
+    def _change(self, mode: str, who: Who = "all") -> None:
+        if who == "open":
+            self._modes.update(dict.fromkeys(self._clients, mode))
+        else:
+            if who == "new":
+                self._modes = {client: self._mode_of(client) for client in self._clients}
+            else:
+                self._modes.clear()
+            if mode == "refuse" and self._mode != "refuse":
+                self._stop_accepting()
+            elif mode != "refuse" and self._mode == "refuse":
+                self._listener = self._listen()
+                self._accepting = gevent.spawn(self._accept, self._listener)
+            self._mode = mode
         self._mode_changed.set()
         self._mode_changed.clear()
+
+    def _mode_of(self, client: Any) -> str:
+        return self._modes.get(client, self._mode)
+
+    # What it sees
+
+    @property
+    def heard(self) -> int:
+        """How many connections are open whose client has said something."""
+        return sum(map(self._is_open, self._heard))
 
     # How
 
@@ -113,7 +135,7 @@ class Proxy(Server):
         try:
             server.connect(self._target)  # create_connection() would look the address up in another thread
         except BaseException:
-            self._clients.discard(client)
+            self._forget(client)
             server.close()
             raise
         back = gevent.spawn(self._pump, server, client, True)
@@ -123,22 +145,31 @@ class Proxy(Server):
         finally:
             back.kill()
             server.close()
-            self._clients.discard(client)
-            self._left.pop(client, None)
+            self._forget(client)
+
+    def _forget(self, client: Any) -> None:
+        self._clients.discard(client)
+        self._heard.discard(client)
+        self._modes.pop(client, None)
+        self._left.pop(client, None)
 
     def _pump(self, source: Any, target: Any, to_client: bool) -> None:
+        client = target if to_client else source
         try:
             while data := source.recv(65536):
-                while self._mode == "black_hole":
+                if not to_client and client not in self._heard:
+                    self._heard.add(client)
+                    self._changed.set()
+                while self._mode_of(client) == "black_hole":
                     self._mode_changed.wait()
-                if self._mode == "delay":
+                if self._mode_of(client) == "delay":
                     gevent.sleep(self._delay)
-                if to_client and self._mode == "half_close":
+                if to_client and self._mode_of(client) == "half_close":
                     continue
-                if to_client and self._mode == "truncate":
-                    left = self._left.get(target, self._limit)
+                if to_client and self._mode_of(client) == "truncate":
+                    left = self._left.get(client, self._limit)
                     data = data[:left]
-                    self._left[target] = left - len(data)
+                    self._left[client] = left - len(data)
                 target.sendall(data)
                 if self._left.get(target) == 0:
                     self._end(target)
