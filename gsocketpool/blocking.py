@@ -779,7 +779,7 @@ class BlockingPool(Core[C]):
     def _failed(self, place: Place[C] | None, problem: BaseException, spare: bool) -> None:
         waiter = self.failed(place, problem, spare)
         self._wake_unreserved()
-        if spare:
+        if spare and not self._closed:
             known = self._upkeep.resting
             pause = self._upkeep.rest(self, self._setbacks)
             if not known:  # else it is one of several side by side

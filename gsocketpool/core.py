@@ -198,7 +198,7 @@ class Core(Generic[C]):
         # When to look at which member again, by the clock; the number in the middle keeps members from being compared.
         self._agenda: list[tuple[float, int, Member[C]]] = []
         self._tickets = 0
-        self._due: deque[Member[C]] = deque()  # for a keepalive
+        self._due: OrderedDict[Member[C], None] = OrderedDict()  # for a keepalive
         self._now = 0.0  # when `cool` was called last
         self._unseen: list[Member[C]] = []  # became cold since
         self._dialling = 0
@@ -650,7 +650,8 @@ class Core(Generic[C]):
 
         :param first: it has idled longest, or near to it; else `inspect` is to come to it last.
         """
-        if self._stern or (self.waiting and not self._paused):
+        must_go = self._stern and self._verdict(member) is not None
+        if must_go or (self.waiting and not self._paused):
             return self.give(member)
         member.holder = None
         member.cold = True
@@ -687,7 +688,7 @@ class Core(Generic[C]):
                 since = limits.spared(now)
             if limits.is_unproven(max(since, member.proven), now):
                 member.proven = now
-                self._due.append(member)
+                self._due[member] = None
             self._look_again(member, limits.next_look(member.retire_at, since, member.proven))
         return retired
 
@@ -698,7 +699,7 @@ class Core(Generic[C]):
     def prove(self) -> Member[C] | None:
         """Take out a connection that is due for a keepalive, to give it back by `inspected` or retire it."""
         while self._due:
-            member = self._due.popleft()
+            member, _ = self._due.popitem(last=False)
             if member.holder is None and member in self._cold:
                 del self._cold[member]
                 member.holder = INSPECTED
