@@ -25,7 +25,7 @@ add_module_names = False
 
 # Every name of our own must lead somewhere. Other projects' would need their inventories, from the network.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!gsocketpool\.).*"), (r"py:.*", r"gsocketpool\.(blocking\..*|\w+\.C)")]
+nitpick_ignore_regex = [(r"py:.*", r"(?!gsocketpool\.).*"), (r"py:.*", r"gsocketpool\.(blocking\..*|\w+\.[CR])")]
 
 html_theme = "furo"
 html_title = f"gsocketpool {release}"

@@ -282,6 +282,9 @@ class BlockingPool(Core[C]):
         does as :meth:`connection` does: a kill, a ``gevent.Timeout`` and whatever `discard_on` names discard the
         connection, since the rest of a reply may still be under way on it.
 
+        What ``close(timeout)`` took from its borrower, and in the child of a fork what is the parent's, can be released;
+        nothing is done.
+
         :raises ConnectionNotFoundError: it is not in use, or not this pool's.
         """
         member = self._latest
@@ -355,6 +358,8 @@ class BlockingPool(Core[C]):
         back. Returns when the idle ones are closed.
 
         For a server that answers and is the wrong one: after a failover, or when a name means another address now.
+        PyMongo calls what lies between two such calls a generation. It can be called inside a ``with`` block of the
+        same pool.
         """
         self._close_all(self.retire_all(), wait=True)
 
@@ -382,7 +387,8 @@ class BlockingPool(Core[C]):
         self._start_dials()
 
     def wait_ready(self, timeout: float | None = None) -> None:
-        """Return when `min_idle` connections are open.
+        """Return when `min_idle` connections are open, or `max_connections` if that is less by now. They are opened in
+        the background in any case.
 
         :param timeout: seconds to wait for that; None waits for ever.
         :raises PoolExhaustedError: they were not open in that time; `last_error` says why.
@@ -405,8 +411,7 @@ class BlockingPool(Core[C]):
             raise PoolClosedError(f"{self._label} is closed")
 
     def holders(self) -> list[Holder[C]]:
-        """Who has borrowed what, whoever has it longest first.
-
+        """Who has borrowed what, whoever has it longest first: one :class:`~gsocketpool.Holder` for each connection.
         Since when, by which greenlet and where is known while `leak_threshold` or `reclaim` is set, else None.
         """
         now = monotonic()

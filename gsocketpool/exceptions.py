@@ -15,7 +15,7 @@ class PoolError(Exception):
 
 
 class PoolExhaustedError(PoolError):
-    """No connection could be lent in the time that there was.
+    """No connection could be lent in the time that there was, or ``wait_ready()`` found too few open.
 
     :ivar stats: the pool's :class:`~gsocketpool.PoolStats` at that moment.
     :ivar waited: seconds that this borrower waited.

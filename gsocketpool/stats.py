@@ -14,7 +14,7 @@ C = TypeVar("C")
 @dataclass(frozen=True)
 class Holder(Generic[C]):
     """Who has borrowed a connection. All but the connection is None where the pool notes no borrowers: see
-    ``leak_threshold``.
+    ``leak_threshold`` and ``reclaim``.
 
     :ivar connection: the connection.
     :ivar greenlet: the greenlet that borrowed it.
@@ -42,9 +42,10 @@ class PoolStats:
     :ivar opened: dials that succeeded.
     :ivar open_failures: dials that failed.
     :ivar exhausted: how often :class:`~gsocketpool.PoolExhaustedError` was raised.
-    :ivar closed: how many connections were closed, by reason: ``expired``, ``idle``, ``stale`` (failed its check),
-        ``discarded`` (its borrower was interrupted or failed, or its reset did), ``dropped`` (by hand), ``cleared``,
-        ``shrunk``, ``reclaimed`` (from a greenlet that ended), ``closed`` (the pool was).
+    :ivar closed: how many connections were closed, by reason: ``expired`` (``max_lifetime``, ``max_uses`` or
+        ``is_expired()``), ``idle`` (``idle_timeout``), ``stale`` (failed its check or its keepalive), ``discarded`` (its
+        borrower was interrupted or failed, or its reset did), ``dropped`` (by hand), ``cleared``, ``shrunk``
+        (``resize()``), ``reclaimed`` (from a greenlet that ended), ``closed`` (the pool was).
     """
 
     size: int
