@@ -94,8 +94,8 @@ class Lease(Generic[C]):
         pool = self._pool
         if kind is None or not pool._settings.discards(kind):
             if kind is None and pool._lane_in:
-                member.holder = None
                 pool._warm.append(member)
+                member.holder = None
             else:
                 pool._return(member)
         else:
@@ -282,22 +282,22 @@ class BlockingPool(Core[C]):
         does as :meth:`connection` does: a kill, a ``gevent.Timeout`` and whatever `discard_on` names discard the
         connection, since the rest of a reply may still be under way on it.
 
-        What ``close(timeout)`` took from its borrower, and in the child of a fork what is the parent's, can be released;
-        nothing is done.
+        What ``close(timeout)`` took from its borrower can be released, and in the child of a fork what is the parent's:
+        nothing is done then.
 
         :raises ConnectionNotFoundError: it is not in use, or not this pool's.
         """
         member = self._latest
         if member.connection is conn and member.holder is BY_HAND and exception() is None:
-            member.holder = None
             self._warm.append(member)
+            member.holder = None
             return
         member = self._members.get(id(conn), NOBODY)
         if member.holder is not BY_HAND or not self._plain or exception() is not None:
             self._release(conn)
         elif self._lane_in:
-            member.holder = None
             self._warm.append(member)
+            member.holder = None
         else:
             outcome = self.give(member)
             if type(outcome) is Place:
@@ -531,7 +531,11 @@ class BlockingPool(Core[C]):
                 found.holder = holder
                 if not found.cold or self._passes_check(found):
                     if self._ledger is not None:
-                        self._ledger.begin(self, found)
+                        try:
+                            self._ledger.begin(self, found)
+                        except BaseException:  # too deep a recursion, say
+                            self._discard(found)
+                            raise
                     return found
                 if limit and not lenient and monotonic() >= started + limit:
                     raise self._exhausted_error(started)

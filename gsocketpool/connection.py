@@ -106,8 +106,8 @@ class Connection:
     def check(self) -> bool:
         """Return whether the connection can be lent: by default :meth:`is_connected`. Must not block.
 
-        A pool asks before it lends a connection that idled longer than ``check_after_idle``, and when there is something
-        to read on an idle one whose :meth:`fileno` it knows. False or an exception discards the connection.
+        A pool asks before it lends a connection that idled longer than ``check_after_idle``, and when something can be
+        read on an idle one whose :meth:`fileno` it knows. False or an exception discards the connection.
         """
         return self.is_connected()
 

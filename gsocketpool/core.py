@@ -301,12 +301,12 @@ class Core(Generic[C]):
                 return RETIRED
         queue = self._dialled or self._undialled
         if not queue or self._paused:
-            member.holder = None
             if member.cold and not self._always_cold:  # nobody has touched it
                 self._cold[member] = None
             else:
                 member.cold = self._always_cold
                 self._warm.append(member)
+            member.holder = None
             return None
         place, _ = queue.popitem(last=False)
         place.member = member

@@ -51,9 +51,9 @@ class Pool(BlockingPool[C]):
     :param acquire_timeout: seconds for one acquire, its dial included, where the call gives no `timeout` of its own.
         None: the rule of 0.1.6, see :meth:`acquire`.
     :param check_after_idle: call ``check()`` before lending a connection that idled longer than this; 0: however short;
-        None: never. What goes straight from one borrower to the next has not idled. A tick of the hub twice in that time tells who idled, so no clock is read when one is lent. The
-        check may come somewhat early, and comes late if a greenlet that does not yield holds up the hub. The idea and
-        the half second are HikariCP's.
+        None: never. What goes straight from one borrower to the next has not idled. A tick of the hub twice in that
+        time tells who idled, so no clock is read when one is lent. The check may come somewhat early, and comes late if
+        a greenlet that does not yield holds up the hub. The idea and the half second are HikariCP's.
     :param discard_on: an exception class, or a tuple of them. When one leaves the ``with`` block, the connection is
         closed instead of lent again. What is no :exc:`Exception` (a kill, a ``gevent.Timeout``) discards in any case.
         The default discards on every exception; narrow it where errors leave your protocol in a known state.

@@ -43,8 +43,8 @@ class PoolStats:
     :ivar open_failures: dials that failed.
     :ivar exhausted: how often :class:`~gsocketpool.PoolExhaustedError` was raised.
     :ivar closed: how many connections were closed, by reason: ``expired`` (``max_lifetime``, ``max_uses`` or
-        ``is_expired()``), ``idle`` (``idle_timeout``), ``stale`` (failed its check or its keepalive), ``discarded`` (its
-        borrower was interrupted or failed, or its reset did), ``dropped`` (by hand), ``cleared``, ``shrunk``
+        ``is_expired()``), ``idle`` (``idle_timeout``), ``stale`` (failed its check or its keepalive), ``discarded``
+        (its borrower was interrupted or failed, or its reset did), ``dropped`` (by hand), ``cleared``, ``shrunk``
         (``resize()``), ``reclaimed`` (from a greenlet that ended), ``closed`` (the pool was).
     """
 
