@@ -23,7 +23,7 @@ from gsocketpool.arguments import is_seconds, seconds, whole_number
 from gsocketpool.connection import Wrap
 from gsocketpool.core import BY_HAND, CLOSED, NOBODY, RETIRED, RETURNING, Core, Member, Place, Sentinel, new_place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
-from gsocketpool.forking import pools
+from gsocketpool.forking import kept, pools
 from gsocketpool.lifetime import Limits
 from gsocketpool.loans import Ledger, Loan
 from gsocketpool.operations import describe, operations_of
@@ -490,13 +490,14 @@ class BlockingPool(Core[C]):
     def _create_connection(self) -> C:
         """Make a connection and open it. A subclass may override this, as in 0.1.6; what it returns is lent as it is,
         opened or not."""
+        epoch = self._epoch
         connection = self._factory(**self._options)
         self._vet(connection)
         self.claim(connection)
         try:
             self._operations.open(connection)
         except BaseException:
-            self._close_half_open(connection)
+            self._close_half_open(connection, epoch)
             raise
         finally:
             self.disclaim(connection)
@@ -775,7 +776,7 @@ class BlockingPool(Core[C]):
             if epoch == self._epoch:
                 self._opened_one(connection, generation)
             else:
-                self._close_half_open(connection)
+                kept.append(connection)
         finally:
             self._talking.discard(task)
             self._start_dials()
@@ -832,8 +833,11 @@ class BlockingPool(Core[C]):
                 f"where a new one each time is needed: {describe(connection)}"
             )
 
-    def _close_half_open(self, connection: C) -> None:
+    def _close_half_open(self, connection: C, epoch: int) -> None:
         """A failed `open()` may have left it open; what goes wrong here is of no more interest than that."""
+        if epoch != self._epoch:  # the child of a fork
+            kept.append(connection)
+            return
         try:
             with self._bounded(self.close_grace):
                 self._operations.close(connection)

@@ -7,6 +7,7 @@ pools themselves were doing with a connection is ended, and the objects are kept
 
 from __future__ import annotations
 
+import _socket
 import errno
 import logging
 import os
@@ -17,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gsocketpool.blocking import BlockingPool
 
-__all__ = ["pools"]
+__all__ = ["kept", "pools"]
 
 logger = logging.getLogger("gsocketpool")
 
 #: All pools of this process, by their identity: a subclass may define `__eq__` as it likes.
 pools: weakref.WeakValueDictionary[int, BlockingPool[Any]] = weakref.WeakValueDictionary()
 
-# The parent's connections: their finalizers might say something to the peer.
-_kept: list[Any] = []
+#: The parent's connections: their finalizers might say something to the peer.
+kept: list[Any] = []
 
 
 def begin_anew() -> None:
@@ -37,7 +38,7 @@ def begin_anew() -> None:
         members = list(pool._members.values())
         connections, places = pool.forget()
         forgotten.append((pool, members, connections, places))
-        _kept.extend(connections)
+        kept.extend(connections)
     _cut_off([descriptor for pool, _, connections, _ in forgotten for descriptor in _descriptors(pool, connections)])
     for pool, members, connections, places in forgotten:
         try:
@@ -64,15 +65,18 @@ def _cut_off(descriptors: list[int]) -> None:
     try:
         dead_end = _dead_end()
     except OSError:  # no descriptor is free
-        os.close(descriptors[0])
+        _socket.close(descriptors[0])  # not os.close(), which gevent may have patched to wait for the hub
         dead_end = _dead_end()
-    with dead_end:
-        for descriptor in descriptors:
-            if descriptor != dead_end.fileno():
-                try:
-                    os.dup2(dead_end.fileno(), descriptor, inheritable=False)
-                except OSError as error:
-                    logger.debug("descriptor %d cannot be cut off", descriptor, exc_info=error)
+    for descriptor in descriptors:
+        if descriptor != dead_end.fileno():
+            try:
+                os.dup2(dead_end.fileno(), descriptor, inheritable=False)
+            except OSError as error:
+                logger.debug("descriptor %d cannot be cut off", descriptor, exc_info=error)
+    if dead_end.fileno() in descriptors:
+        dead_end.detach()
+    else:
+        dead_end.close()
 
 
 def _dead_end() -> socket.socket:
