@@ -10,6 +10,7 @@ interrupts. What must run in the borrower, `check()` and `reset()`, costs the co
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import sys
@@ -41,6 +42,9 @@ else:
 
 
 __all__ = ["BlockingPool", "Lease"]
+
+#: Seconds that `close(timeout)` waits for the closing of what it took from its borrowers.
+LAST_MOMENT: Final = 1.0
 
 C = TypeVar("C")
 P = TypeVar("P", bound="BlockingPool[Any]")
@@ -361,7 +365,9 @@ class BlockingPool(Core[C]):
         PyMongo calls what lies between two such calls a generation. It can be called inside a ``with`` block of the
         same pool.
         """
-        self._close_all(self.retire_all(), wait=True)
+        retired = self.retire_all()
+        self._start_dials()
+        self._close_all(retired, wait=True)
 
     def resize(self, max_connections: int) -> None:
         """Change `max_connections`. More serves whoever waits at once. Less closes idle connections, those that idled
@@ -431,13 +437,16 @@ class BlockingPool(Core[C]):
         Whoever waits gets :exc:`PoolClosedError`. Returns when the idle ones are closed. Closing twice is fine.
 
         :param timeout: seconds to wait until what is borrowed has come back, and all is closed; what is still borrowed
-            then is closed under its borrower's hands. None does not wait for borrowers.
+            then is closed under its borrower's hands, which gets one second more. None waits for no borrower.
         """
         if timeout is not None:
             seconds("timeout", timeout, zero=True)
-        self._shut(wait=True)
-        if timeout is not None:
-            self._drain(timeout)
+        if timeout is None:
+            self._shut(wait=True)
+        else:
+            deadline = monotonic() + timeout
+            self._shut(wait=False)
+            self._drain(deadline)
 
     @property
     def closed(self) -> bool:
@@ -511,15 +520,18 @@ class BlockingPool(Core[C]):
         else:
             limit, lenient, wait = self._limit(retry, retried, timeout)
         started = monotonic()
+        left = limit
         found = self.take(wait)
         while True:
             if type(found) is Place:
                 try:
+                    if self._ledger is not None:
+                        self._ledger.waiting.add(id(self._borrower()))
                     if found.reserved:
                         self._start_dials()
                         self._wait_on(found, limit, lenient, started)
-                    elif limit or limit is None:
-                        self._park(found, limit)
+                    elif left or left is None:
+                        self._park(found, left)
                         if found.member is None:  # woken for an error, or for nothing
                             self._wait_on(found, limit, lenient, started)
                 except BaseException:
@@ -527,6 +539,9 @@ class BlockingPool(Core[C]):
                     if unused is not None:
                         self._settle(self.give(unused), unused)
                     raise
+                finally:
+                    if self._ledger is not None:
+                        self._ledger.waiting.discard(id(self._borrower()))
                 found = found.member or self._ended_without(found, started)
             if type(found) is Member:
                 found.holder = holder
@@ -538,8 +553,10 @@ class BlockingPool(Core[C]):
                             self._discard(found)
                             raise
                     return found
-                if limit and not lenient and monotonic() >= started + limit:
-                    raise self._exhausted_error(started)
+                if limit:
+                    left = max(0.0, started + limit - monotonic())
+                    if not left and not lenient:
+                        raise self._exhausted_error(started)
                 found = self.retake(wait)
                 self._wake_unreserved()
             elif found is CLOSED:
@@ -730,8 +747,11 @@ class BlockingPool(Core[C]):
         """Whether everybody who has a connection waits for one, including whoever asks."""
         if self._ledger is None or self.in_use < self._max_connections:
             return False
-        waiting = {id(self._borrower()), *(id(self._waiter(place)) for place in [*self._dialled, *self._undialled])}
-        return all(member.loan and id(member.loan.borrower) in waiting for member in self._members.values())
+        me, waiting = self._borrower(), self._ledger.waiting
+        return all(
+            member.loan is not None and (member.loan.borrower is me or id(member.loan.borrower) in waiting)
+            for member in self._members.values()
+        )
 
     # Dials
 
@@ -759,8 +779,7 @@ class BlockingPool(Core[C]):
             return None
         generation = self._generation
         problem: BaseException | None = None
-        task = self._borrower()
-        self._talking.add(task)
+        self._talking.add(self._borrower())  # not by a name: an error's traceback would tie it to itself
         try:
             connection = self._create_connection()
             self._vet(connection)
@@ -778,7 +797,7 @@ class BlockingPool(Core[C]):
             else:
                 kept.append(connection)
         finally:
-            self._talking.discard(task)
+            self._talking.discard(self._borrower())
             self._start_dials()
             self._wake_drains()
         try:
@@ -787,7 +806,7 @@ class BlockingPool(Core[C]):
             del problem  # it refers to this frame
 
     def _failed(self, place: Place[C] | None, problem: BaseException, spare: bool) -> None:
-        waiter = self.failed(place, problem, spare)
+        waiter = self.failed(place, problem, spare, without_traceback(problem))
         self._wake_unreserved()
         if spare and not self._closed:
             known = self._upkeep.resting
@@ -879,26 +898,34 @@ class BlockingPool(Core[C]):
         place.error = PoolClosedError(f"{self._label} was closed while this borrower waited")
         self._wake(place)
 
-    def _drain(self, timeout: float) -> None:
-        deadline = monotonic() + timeout
+    def _drain(self, deadline: float) -> None:
         place: Place[C] = new_place()
         self._drains.append(place)
         try:
             while self.total and (left := deadline - monotonic()) > 0:
                 self._park(place, left)
+            self._take_all()
+            deadline = max(deadline, monotonic()) + LAST_MOMENT
+            while self._closing and (left := deadline - monotonic()) > 0:
+                self._park(place, left)
         finally:
             self._drains.remove(place)
+
+    def _take_all(self) -> None:
+        """Close what is lent, under its borrowers' hands."""
         kept = list(self._members.values())
         for member in kept:
+            if member.loan is not None:
+                member.loan.reported = False  # it does not come back
             self._end_loan(member)
             self._given_up[id(member.connection)] = member.connection
             granted_to = self.retire(member, "closed")
             if granted_to is not None:
                 self._tell_closed(granted_to)
-        self._close_all(kept, wait=True)
+        self._close_all(kept, wait=False)
 
     def _wake_drains(self) -> None:
-        if not self.total:
+        if not self.total or not self._closing:
             for place in self._drains:
                 self._wake(place)
 
@@ -911,8 +938,7 @@ class BlockingPool(Core[C]):
             self._park(tally.place, None)
 
     def _close_one(self, member: Member[C], tally: _Tally[C], epoch: int) -> None:
-        task = self._borrower()
-        self._talking.add(task)
+        self._talking.add(self._borrower())  # not by a name: an error's traceback would tie it to itself
         try:
             if epoch == self._epoch:  # else this is the child of a fork
                 self._upkeep.look_away(self, member)
@@ -924,7 +950,7 @@ class BlockingPool(Core[C]):
             if epoch == self._epoch:
                 self._report("close() failed", error)
         finally:
-            self._talking.discard(task)
+            self._talking.discard(self._borrower())
             if epoch == self._epoch:
                 self.freed(member.connection)
                 self._start_dials()
@@ -935,6 +961,8 @@ class BlockingPool(Core[C]):
 
     def _after_fork(self, members: list[Member[C]], connections: list[C], places: list[Place[C]]) -> None:
         """In the child: none of these connections is its own."""
+        for task in list(self._talking):
+            self._end(task)
         self._talking.clear()
         for member in members:
             self._upkeep.look_away(self, member)
@@ -991,15 +1019,11 @@ class BlockingPool(Core[C]):
         raise NotImplementedError
 
     def _end(self, task: Any) -> None:
-        """Kill a job, soon."""
+        """Kill a job, at once: before whatever it waits for can reach it. Not whoever is running."""
         raise NotImplementedError
 
     def _borrower(self) -> object:
         """Whoever is running."""
-        raise NotImplementedError
-
-    def _waiter(self, place: Place[C]) -> object:
-        """Whoever stands still at `place`."""
         raise NotImplementedError
 
     def _when_over(self, borrower: object, callback: Callable[[object], None]) -> Callable[[], object] | None:
@@ -1014,6 +1038,16 @@ class BlockingPool(Core[C]):
     def _may_raise(self, error: BaseException) -> bool:
         """Whether an error of a dial may be raised in the borrower: not so the end of the dial's own greenlet."""
         raise NotImplementedError
+
+
+def without_traceback(error: BaseException) -> BaseException:
+    """Its like, without the frames in which it was raised: whoever keeps it must not keep all that was at hand there,
+    the pool itself among it. Where its type cannot be copied, the error itself."""
+    try:
+        like = copy.copy(error)
+        return like if type(like) is type(error) and like.args == error.args else error
+    except Exception:
+        return error
 
 
 class _Tally(Generic[C]):

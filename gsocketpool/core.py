@@ -89,16 +89,18 @@ class Place(Generic[C]):
     """A place in the queue. It ends with a `member`, or with an `error`, or abandoned.
 
     `reserved` says that the pool has, or had when it was taken, a slot for it: it waits for a dial, not for a release.
-    A slot whose old connection is being closed counts; the dial begins when that is done.
+    A slot whose old connection is being closed counts; the dial begins when that is done. `turn` grows in the order in
+    which they came.
     `waiter` and `waking` are the runtime's: whom it must wake, and the waking that is under way.
     """
 
-    __slots__ = ("error", "member", "reserved", "waiter", "waking")
+    __slots__ = ("error", "member", "reserved", "turn", "waiter", "waking")
 
     # Without an `__init__`, because one is made for each wait and the call would cost more than all else in it.
     member: Member[C] | None
     error: BaseException | None
     reserved: bool
+    turn: int
     waiter: Any
     waking: Any
 
@@ -108,6 +110,7 @@ def new_place(reserved: bool = False) -> Place[Any]:
     place: Place[Any] = Place()
     place.member = place.error = place.waiter = place.waking = None
     place.reserved = reserved
+    place.turn = 0
     return place
 
 
@@ -159,6 +162,7 @@ class Core(Generic[C]):
         "_setbacks",
         "_stern",
         "_tickets",
+        "_turn",
         "_undialled",
         "_unseen",
         "_unsettled",
@@ -210,6 +214,7 @@ class Core(Generic[C]):
         self._resets = False
         self._resting = False
         self._unsettled = False
+        self._turn = 0
         self._setbacks = 0
         self._generation = 0
         self._epoch = 0
@@ -232,7 +237,7 @@ class Core(Generic[C]):
 
     def _set_lanes(self) -> None:
         full = len(self._members) >= self._max_connections
-        crowded = len(self._members) + self._dialling > self._max_connections
+        crowded = len(self._members) > self._max_connections
         self._plain = not self._resets and not self._records
         # Whether what comes back may have to go: `give` looks closer.
         self._stern = bool(self._closed or self._doomed or crowded or self._limits.max_uses is not None)
@@ -258,6 +263,7 @@ class Core(Generic[C]):
             place: Place[C] = Place()
             place.member = place.error = place.waiter = place.waking = None
             place.reserved = False
+            place.turn = self._turn = self._turn + 1
             queue[place] = None
             return place
         if (self._warm or self._cold) and not self._paused:
@@ -275,6 +281,7 @@ class Core(Generic[C]):
         if self._max_waiting is not None and not reserved and len(queue) - max(0, room) >= self._max_waiting:
             return EXHAUSTED
         place = new_place(reserved)
+        place.turn = self._turn = self._turn + 1
         queue[place] = None
         self._set_lanes()
         return place
@@ -288,6 +295,7 @@ class Core(Generic[C]):
         if not wait:
             return EXHAUSTED
         place = new_place(not self._paused and self._has_room())
+        place.turn = next(iter(self._dialled or self._undialled)).turn if self.waiting else self._turn
         self._requeue(place)
         return place
 
@@ -324,7 +332,7 @@ class Core(Generic[C]):
             return member.fate
         if self._limits.max_uses is not None and member.uses >= self._limits.max_uses:
             return "expired"
-        if len(self._members) + self._dialling > self._max_connections:
+        if len(self._members) > self._max_connections:
             return "shrunk"
         return None
 
@@ -410,15 +418,22 @@ class Core(Generic[C]):
         self._balance()
         return outcome
 
-    def failed(self, place: Place[C] | None, error: BaseException, spare: bool = False) -> Place[C] | None:
+    def failed(
+        self,
+        place: Place[C] | None,
+        error: BaseException,
+        spare: bool = False,
+        kept: BaseException | None = None,
+    ) -> Place[C] | None:
         """A dial failed: a permit is redeemed. Answers the place it was started for, with the error and to be woken,
         if that one still waits.
 
         :param spare: it was for the stock; until `rested` there is no further permit for that.
+        :param kept: what is remembered as the last error, if that is not the error itself.
         """
         self._dialling -= 1
         self._open_failures += 1
-        self._last_error = error
+        self._last_error = kept or error
         if spare and not self._resting:
             self._resting = True
             self._setbacks += 1
@@ -470,6 +485,7 @@ class Core(Generic[C]):
         self._closing += 1
         self._closed_for[reason] += 1
         self._retired_uses += member.uses
+        self._due.pop(member, None)
         if member is self._latest:
             self._latest = NOBODY
         if self._stern or self._brimful:
@@ -504,19 +520,22 @@ class Core(Generic[C]):
         be closed."""
         self._generation += 1
         retired = self._retire_idle(self.idle, "cleared")
-        for member in list(self._members.values()):
-            if isinstance(member.holder, Place):  # not collected yet: he waits on
-                self.retire(member, "cleared")
-                retired.append(member)
+        granted: list[tuple[int, int, Member[C]]] = []
+        for member in self._members.values():
+            if isinstance(member.holder, Place) and not self._closed:
+                granted.append((member.holder.turn, len(granted), member))
             else:
                 self._doom(member, "cleared")
+        for _, _, member in sorted(granted, reverse=True):  # not collected yet: they wait on, in the same order
+            self.retire(member, "cleared")
+            retired.append(member)
         return retired
 
     def set_cap(self, max_connections: int) -> list[Member[C]]:
         """Another cap. Answers what must be closed: what has idled longest; more goes as it comes back."""
         self._ceiling = max(max_connections, self.total)
         self._max_connections = max_connections
-        retired = self._retire_idle(len(self._members) + self._dialling - max_connections, "shrunk")
+        retired = self._retire_idle(len(self._members) - max_connections, "shrunk")
         room = max_connections - len(self._members) - self._dialling
         for number, place in enumerate(self._undialled):
             if place.reserved and number >= room:
@@ -550,10 +569,10 @@ class Core(Generic[C]):
         """
         members = list(self._members.values())
         forgotten = [*self._claimed.values(), *(member.connection for member in members)]
-        queue = [member.holder for member in members if isinstance(member.holder, Place)]
+        queue = sorted((m.holder for m in members if isinstance(m.holder, Place)), key=lambda place: place.turn)
         queue += [*self._dialled, *self._undialled]
         for member in members:
-            self._retired_uses += member.uses
+            self._retired_uses += member.uses - isinstance(member.holder, Place)
             member.holder = member.fate = None
         self._members.clear()
         self._claimed.clear()
@@ -679,17 +698,19 @@ class Core(Generic[C]):
                 else:
                     self._doom(member, "expired")
                 continue
-            since = member.since if member in self._cold else now
-            if limits.idles_too_long(since, now):
-                if self.idle > self._min_idle:
-                    self.retire(member, "idle")
-                    retired.append(member)
-                    continue
-                since = limits.spared(now)
-            if limits.is_unproven(max(since, member.proven), now):
-                member.proven = now
+            since = member.since if member in self._cold or member.holder is INSPECTED else now
+            spared = limits.idles_too_long(since, now)
+            if spared and member.holder is None and self.idle > self._min_idle:
+                self.retire(member, "idle")
+                retired.append(member)
+                continue
+            proven = max(since, member.proven)
+            if limits.is_unproven(proven, now):
+                member.proven = proven = now
                 self._due[member] = None
-            self._look_again(member, limits.next_look(member.retire_at, since, member.proven))
+            self._look_again(
+                member, limits.next_look(member.retire_at, limits.spared(now) if spared else since, proven)
+            )
         return retired
 
     def next_audit(self) -> float:
@@ -723,6 +744,7 @@ class Core(Generic[C]):
             del self._cold[member]
         else:
             self._warm.remove(member)
+            member.since = self._now
 
     # Waiters
 
@@ -799,8 +821,7 @@ class Core(Generic[C]):
             "more connections than max_connections": self.total <= self._ceiling,
             "doomed members are miscounted": self._doomed == sum(member.fate is not None for member in members),
             "an idle connection is doomed": not any(member.fate for member in idle),
-            "too many connections, and some idle": not idle
-            or len(self._members) + self._dialling <= self._max_connections,
+            "too many connections, and some idle": not idle or len(self._members) <= self._max_connections,
             "more dials than max_connecting": 0 <= self._dialling <= self._max_connecting,
             "more waiters were promised a dial than dials run": len(self._dialled) <= self._dialling,
             "closed, and something idles or waits": not self._closed or not (idle or waiters),

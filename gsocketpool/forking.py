@@ -33,8 +33,6 @@ def begin_anew() -> None:
     """In the child, before anything else runs. One pool's trouble must not keep the others from being cut off."""
     forgotten = []
     for pool in list(pools.values()):
-        for task in pool._talking:
-            pool._end(task)
         members = list(pool._members.values())
         connections, places = pool.forget()
         forgotten.append((pool, members, connections, places))
@@ -43,7 +41,7 @@ def begin_anew() -> None:
     for pool, members, connections, places in forgotten:
         try:
             pool._after_fork(members, connections, places)
-        except Exception as error:
+        except BaseException as error:
             pool._report("it did not begin anew after a fork", error)
 
 

@@ -33,11 +33,12 @@ class Limits:
         return opened + self.max_lifetime * (1 - self.lifetime_jitter * random())
 
     def next_look(self, retire_at: float, since: float, proven: float) -> float:
-        """When the first of its deadlines can be due, for one that has idled since then and answered then."""
+        """When the first of its deadlines can be due, for one that has idled since then, and answered or was in use
+        then."""
         return min(
             retire_at,
             NEVER if self.idle_timeout is None else since + self.idle_timeout,
-            NEVER if self.keepalive is None else max(since, proven) + self.keepalive,
+            NEVER if self.keepalive is None else proven + self.keepalive,
         )
 
     def idles_too_long(self, since: float, now: float) -> bool:

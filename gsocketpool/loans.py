@@ -71,6 +71,7 @@ class Ledger:
         self._leak_threshold = leak_threshold
         self._reclaim = reclaim
         self._unreported: OrderedDict[Member[Any], None] = OrderedDict()  # in the order in which they were lent
+        self.waiting: set[int] = set()  # borrowers, by their identity, that stand in the queue
 
     def begin(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
         """Whoever is running has borrowed it."""
@@ -97,7 +98,9 @@ class Ledger:
         if loan.unlink is not None:
             loan.unlink()
         if loan.reported:
-            logger.warning(
+            # In the background: a log handler may wait, and be killed there, before the connection is given back.
+            pool._spawn(
+                logger.warning,
                 "%s: the connection that %r had for so long came back after %.1f s: %s",
                 pool._label,
                 loan.borrower,
@@ -134,6 +137,8 @@ class Ledger:
 def take_back(pool: BlockingPool[Any], member: Member[Any], loan: Loan) -> None:
     """The borrower has ended, and nobody else will give it back."""
     if member.loan is loan:
+        loan.reported = False  # it does not come back
+        pool._discard(member, "reclaimed")
         logger.warning(
             "%s: %r ended without releasing a connection, which is closed: %s; it was borrowed here:\n%s",
             pool._label,
@@ -141,5 +146,3 @@ def take_back(pool: BlockingPool[Any], member: Member[Any], loan: Loan) -> None:
             describe(member.connection),
             loan.stack(),
         )
-        loan.reported = False
-        pool._discard(member, "reclaimed")

@@ -23,8 +23,10 @@ C = TypeVar("C")
 
 READ: Final = 1  # gevent's flag for an io watcher
 
-#: Seconds that the upkeep sleeps at most, where nothing is due: a timer takes no infinite number.
+#: Seconds that the upkeep sleeps at most, where nothing is due: a timer takes no infinite number; and at least: libuv
+#: warns of less.
 LONGEST_DOZE: Final = 86_400.0
+SHORTEST_DOZE: Final = 0.001
 
 _thread = get_original("_thread", "get_ident")
 
@@ -148,7 +150,7 @@ class Pool(BlockingPool[C]):
     def _doze(place: Place[Any], duration: float) -> None:
         hub = get_hub()
         place.waiter = getcurrent().switch
-        timer = hub.loop.timer(min(duration, LONGEST_DOZE), ref=False)
+        timer = hub.loop.timer(min(max(duration, SHORTEST_DOZE), LONGEST_DOZE), ref=False)
         timer.start(place.waiter)
         try:
             hub.switch()
@@ -167,13 +169,23 @@ class Pool(BlockingPool[C]):
         watch.close()
 
     def _end(self, task: Any) -> None:
-        task.kill(block=False)
+        me, hub = getcurrent(), self._hub
+        if task is me or task.dead or get_hub() is not hub:
+            return
+        # The hub may be in the middle of its events and go on with one for the task, before any callback. So it is not
+        # told of the end: what ends here comes back here.
+        task.unlink_all()
+        task.parent = me
+        back = hub.loop.run_callback(me.switch)  # if the task waits on its way out
+        try:
+            task.throw(gevent.GreenletExit)
+        finally:
+            back.stop()
+            if not task.dead:
+                task.parent = hub
 
     def _borrower(self) -> object:
         return getcurrent()
-
-    def _waiter(self, place: Place[C]) -> object:
-        return None if place.waiter is None else place.waiter.__self__
 
     def _when_over(self, borrower: object, callback: Callable[[object], None]) -> Callable[[], object] | None:
         if not isinstance(borrower, gevent.Greenlet):

@@ -116,8 +116,7 @@ class Upkeep:
 
     def _prove(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
         alive = False
-        task = pool._borrower()
-        pool._talking.add(task)
+        pool._talking.add(pool._borrower())
         try:
             if member.holder is INSPECTED:  # else it was dropped, or this is the child of a fork
                 self.look_away(pool, member)
@@ -129,7 +128,7 @@ class Upkeep:
             if member.holder is INSPECTED:
                 pool._report("keepalive() failed; the connection is closed", error)
         finally:
-            pool._talking.discard(task)
+            pool._talking.discard(pool._borrower())
             self._proving -= 1
             if not alive:
                 pool._discard(member, "stale")
