@@ -354,8 +354,10 @@ class BlockingPool(Core[C]):
                     self._settle(self.inspected(member), member)
             finished = True
         finally:
-            self._upkeep.look_at(self, self.unseen())
-            self._close_all(expired, wait=finished)
+            try:
+                self._upkeep.look_at(self, self.unseen())
+            finally:
+                self._close_all(expired, wait=finished)
 
     def clear(self) -> None:
         """Retire all that was opened before this call, or is being opened: close what idles, and the rest as it comes
@@ -603,10 +605,12 @@ class BlockingPool(Core[C]):
         try:
             return bool(self._operations.is_expired(member.connection)) and member.holder is not None
         except BaseException as error:
+            mine = member.holder is not None  # else dropped meanwhile, or this is the child of a fork
             self._discard(member)
             if not isinstance(error, Exception):
                 raise
-            self._report("is_expired() failed; the connection is closed", error)
+            if mine:
+                self._report("is_expired() failed; the connection is closed", error)
             return False
 
     def _passes_check(self, member: Member[C]) -> bool:
@@ -617,10 +621,12 @@ class BlockingPool(Core[C]):
         try:
             passed = self._operations.check(member.connection)
         except BaseException as error:
+            mine = member.holder is not None  # else dropped meanwhile, or this is the child of a fork
             self._reject(member)
             if not isinstance(error, Exception):
                 raise
-            self._report("check() failed; the connection is closed", error)
+            if mine:
+                self._report("check() failed; the connection is closed", error)
             return False
         if not passed:
             self._reject(member)
@@ -717,10 +723,12 @@ class BlockingPool(Core[C]):
             try:
                 self._operations.reset(member.connection)
             except BaseException as error:
+                mine = member.holder is RETURNING  # else dropped meanwhile, or this is the child of a fork
                 self._discard(member)
                 if not isinstance(error, Exception):
                     raise
-                self._report("reset() failed; the connection is closed", error)
+                if mine:
+                    self._report("reset() failed; the connection is closed", error)
                 return
             if member.holder is None:
                 return  # dropped meanwhile
@@ -827,7 +835,7 @@ class BlockingPool(Core[C]):
         outcome = self.opened(connection, generation, retire_at, look_at)
         member = self._members.get(id(connection))
         if outcome is RETIRED:
-            self._close_all([Member(connection)], wait=False)
+            self._close_all([each for each in self._unclosed if each.connection is connection], wait=False)
         elif member is not None:
             self._settle(outcome, member)
         self._upkeep.refreshed()
@@ -924,6 +932,10 @@ class BlockingPool(Core[C]):
                 self._tell_closed(granted_to)
         self._close_all(kept, wait=False)
 
+    def _close_late(self) -> None:
+        """Close what was retired and nobody closes."""
+        self._close_all(list(self._unclosed), wait=False)
+
     def _wake_drains(self) -> None:
         if not self.total or not self._closing:
             for place in self._drains:
@@ -938,9 +950,11 @@ class BlockingPool(Core[C]):
             self._park(tally.place, None)
 
     def _close_one(self, member: Member[C], tally: _Tally[C], epoch: int) -> None:
+        mine = False
         self._talking.add(self._borrower())  # not by a name: an error's traceback would tie it to itself
         try:
-            if epoch == self._epoch:  # else this is the child of a fork
+            mine = epoch == self._epoch and self.closes(member)  # else this is the child of a fork, or one too many
+            if mine:
                 self._upkeep.look_away(self, member)
                 with self._bounded(self.close_grace):
                     self._operations.close(member.connection)
@@ -951,7 +965,7 @@ class BlockingPool(Core[C]):
                 self._report("close() failed", error)
         finally:
             self._talking.discard(self._borrower())
-            if epoch == self._epoch:
+            if mine and epoch == self._epoch:
                 self.freed(member.connection)
                 self._start_dials()
             tally.left -= 1

@@ -66,11 +66,24 @@ class Member(Generic[C]):
     `holder` is None while it idles, else whoever answers for it: a lease, a place in the queue that it was granted to,
     `BY_HAND`, `RETURNING` or `INSPECTED`. `cold` says that nobody has touched it for a while: since the time `since`,
     if it idles. `fate` is the reason for which it will be closed when it comes back, `retire_at` the time of its end,
-    `proven` the time when it last answered a keepalive. `loan` and `watch` are the driver's: what it has noted of the
+    `proven` the time when it last answered a keepalive, `stirs` how often the peer said something since then or since
+    it was touched. `loan` and `watch` are the driver's: what it has noted of the
     borrower, and whatever tells it that the peer hung up.
     """
 
-    __slots__ = ("cold", "connection", "fate", "holder", "loan", "proven", "retire_at", "since", "uses", "watch")
+    __slots__ = (
+        "cold",
+        "connection",
+        "fate",
+        "holder",
+        "loan",
+        "proven",
+        "retire_at",
+        "since",
+        "stirs",
+        "uses",
+        "watch",
+    )
 
     def __init__(self, connection: C, retire_at: float = NEVER) -> None:
         self.connection = connection
@@ -81,6 +94,7 @@ class Member(Generic[C]):
         self.retire_at = retire_at
         self.since = 0.0
         self.proven = 0.0
+        self.stirs = 0
         self.loan: Any = None
         self.watch: Any = None
 
@@ -163,6 +177,7 @@ class Core(Generic[C]):
         "_stern",
         "_tickets",
         "_turn",
+        "_unclosed",
         "_undialled",
         "_unseen",
         "_unsettled",
@@ -198,6 +213,7 @@ class Core(Generic[C]):
         self._undialled: OrderedDict[Place[C], None] = OrderedDict()
         # What a fast lane lent last: with few borrowers it is what returns next, and is found without a look-up.
         self._latest: Member[C] = NOBODY
+        self._unclosed: dict[Member[C], None] = {}  # retired, and nobody has begun to close it
         self._claimed: dict[int, C] = {}  # being opened or closed: the factory must not return one of these
         # When to look at which member again, by the clock; the number in the middle keeps members from being compared.
         self._agenda: list[tuple[float, int, Member[C]]] = []
@@ -481,6 +497,7 @@ class Core(Generic[C]):
         connection = member.connection
         del self._members[id(connection)]
         self._claimed[id(connection)] = connection
+        self._unclosed[member] = None
         member.holder = None
         self._closing += 1
         self._closed_for[reason] += 1
@@ -491,6 +508,13 @@ class Core(Generic[C]):
         if self._stern or self._brimful:
             self._set_lanes()
         return place if isinstance(place, Place) and self._closed else None
+
+    def closes(self, member: Member[C]) -> bool:
+        """Somebody closes what was retired, from now on; False if somebody does already."""
+        if member not in self._unclosed:
+            return False
+        del self._unclosed[member]
+        return True
 
     def freed(self, connection: C) -> None:
         """Its socket is closed: the slot is free."""
@@ -575,6 +599,7 @@ class Core(Generic[C]):
             self._retired_uses += member.uses - isinstance(member.holder, Place)
             member.holder = member.fate = None
         self._members.clear()
+        self._unclosed.clear()
         self._claimed.clear()
         self._warm.clear()
         self._cold.clear()
@@ -627,6 +652,7 @@ class Core(Generic[C]):
         for member in self._warm:
             member.cold = True
             member.since = now
+            member.stirs = 0
             self._cold[member] = None
         self._unseen += self._warm
         self._warm.clear()

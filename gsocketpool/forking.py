@@ -8,7 +8,6 @@ pools themselves were doing with a connection is ended, and the objects are kept
 from __future__ import annotations
 
 import _socket
-import errno
 import logging
 import os
 import socket
@@ -63,31 +62,25 @@ def _cut_off(descriptors: list[int]) -> None:
     try:
         dead_end = _dead_end()
     except OSError:  # no descriptor is free
-        _socket.close(descriptors[0])  # not os.close(), which gevent may have patched to wait for the hub
-        dead_end = _dead_end()
+        for descriptor in descriptors[:2]:
+            _socket.close(descriptor)  # not os.close(), which gevent may have patched to wait for the hub
+        dead_end = _dead_end() if len(descriptors) > 1 else socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()
     for descriptor in descriptors:
-        if descriptor != dead_end.fileno():
+        if descriptor != dead_end:
             try:
-                os.dup2(dead_end.fileno(), descriptor, inheritable=False)
+                os.dup2(dead_end, descriptor, inheritable=False)
             except OSError as error:
                 logger.debug("descriptor %d cannot be cut off", descriptor, exc_info=error)
-    if dead_end.fileno() in descriptors:
-        dead_end.detach()
-    else:
-        dead_end.close()
+    if dead_end not in descriptors:
+        _socket.close(dead_end)
 
 
-def _dead_end() -> socket.socket:
-    """A socket on which whatever is done is an error. An end of the stream would be none: it might be taken for the end
-    of a reply."""
-    try:
-        dead_end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise
-        dead_end, other = socket.socketpair()  # where there is no such socket, as on macOS
-        other.close()
-    dead_end.setblocking(False)
+def _dead_end() -> int:
+    """A descriptor on which whatever is done is an error at once, and wakes who waits for it. Not an end of the stream,
+    which might be taken for the end of a reply; nor a socket that is not connected, where OpenSSL tries for ever."""
+    read_end, dead_end = os.pipe()
+    _socket.close(read_end)
+    os.set_blocking(dead_end, False)
     return dead_end
 
 

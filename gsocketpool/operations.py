@@ -31,6 +31,9 @@ class Operations(Protocol[T_contra]):
     def check(self, connection: T_contra) -> bool:
         """Whether it can be lent after it idled."""
 
+    def checks(self, connection: T_contra) -> bool:
+        """Whether `check` looks at anything."""
+
     def reset(self, connection: T_contra) -> None:
         """Make it as new, before anyone else can have it."""
 
@@ -72,6 +75,9 @@ class Methods:
     def check(self, connection: Connection) -> bool:
         return connection.check()
 
+    def checks(self, connection: Connection) -> bool:
+        return type(connection).check is not Connection.check
+
     def reset(self, connection: Connection) -> None:
         connection.reset()
 
@@ -109,6 +115,9 @@ class Functions(Generic[C]):
 
     def check(self, connection: C) -> bool:
         return self._wrapped.check is None or bool(self._wrapped.check(connection))
+
+    def checks(self, connection: C) -> bool:
+        return self._wrapped.check is not None
 
     def reset(self, connection: C) -> None:
         if self._wrapped.reset is not None:

@@ -26,6 +26,10 @@ FINEST_TICK: Final = 0.02
 #: The longest time between two ticks, where what was lent must be made up for, or a peer's hanging up be noticed.
 COARSEST_TICK: Final = 0.25
 
+#: How often an idle connection may have something to read and pass its check, until it is no longer watched: a check
+#: that does not look at what has arrived would otherwise be asked at each tick.
+MOST_STIRS: Final = 3
+
 
 class Upkeep:
     """When a pool must be tended, and how."""
@@ -39,6 +43,7 @@ class Upkeep:
         self._wakes_at = 0.0
         self._proving = 0
         self._reaping = False
+        self._unclosed: list[Member[Any]] = []
         self.alarm: Place[Any] = new_place()
 
     def begin(self, pool: BlockingPool[Any]) -> None:
@@ -57,6 +62,9 @@ class Upkeep:
             self._next_tick = now + self._tick
             self.look_at(pool, pool.cool(now))
         pool._close_all(pool.audit(now), wait=False)
+        if pool._unclosed and not pool._unclosed.keys().isdisjoint(self._unclosed):
+            pool._close_late()  # whoever was to close it could not begin: too deep a recursion, say
+        self._unclosed = list(pool._unclosed)
         self._start_proving(pool)
         if now >= self._next_reap:
             self._next_reap = now + self._reap_every
@@ -133,8 +141,9 @@ class Upkeep:
             if not alive:
                 pool._discard(member, "stale")
             elif member.holder is INSPECTED:
+                member.stirs = 0
                 pool._settle(pool.inspected(member, first=True), member)
-                self.look_at(pool, [member])
+                pool.show_again(member)
             self._start_proving(pool)
 
     # Idle connections whose descriptor is known are watched once nobody has touched them for a tick: what is lent again
@@ -145,11 +154,11 @@ class Upkeep:
         if self._settings.check_after_idle is None:
             return
         for member in members:
-            if member.watch is not None or not pool.is_cold(member):
+            if member.watch is not None or member.stirs > MOST_STIRS or not pool.is_cold(member):
                 continue
             try:
                 descriptor = pool._operations.fileno(member.connection)
-                if descriptor is not None and descriptor >= 0:
+                if descriptor is not None and descriptor >= 0 and pool._operations.checks(member.connection):
                     member.watch = pool._watch(descriptor, member)
             except Exception as error:
                 logger.debug("%s: a connection cannot be watched by its fileno()", pool._label, exc_info=error)
@@ -198,6 +207,7 @@ def keep_up(ref: weakref.ref[BlockingPool[Any]], alarm: Place[Any], doze: Callab
 def stirs(pool: BlockingPool[Any], member: Member[Any]) -> None:
     """There is something to read on a connection that idles, or idled a moment ago."""
     if pool.take_out(member):
+        member.stirs += 1
         member.uses += 1  # as if it were lent: whoever rejects it takes that back
         if pool._passes_check(member):
             member.uses -= 1

@@ -201,7 +201,7 @@ def demonstrate(monkeypatch: pytest.MonkeyPatch, pool: type[Pool[Any]]) -> Resul
 
 def test_a_pool_that_lends_interrupted_connections_again_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     class Careless(Pool[Any]):
-        def _discard(self, member: Any) -> None:
+        def _discard(self, member: Any, reason: str = "") -> None:
             self._return(member)
 
     result = demonstrate(monkeypatch, Careless)
@@ -211,11 +211,11 @@ def test_a_pool_that_lends_interrupted_connections_again_fails(monkeypatch: pyte
 
 def test_a_pool_that_loses_a_slot_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     class Losing(Pool[Any]):
-        def _close_one(self, connection: Any, tally: Any) -> None:
-            if self._closed_for["discarded"] == 1:
-                connection.close()  # and nobody says that its slot is free
+        def _close_one(self, member: Any, *rest: Any) -> None:
+            if self._closed_for["discarded"] == 1 and self.closes(member):
+                member.connection.close()  # and nobody says that its slot is free
             else:
-                super()._close_one(connection, tally)
+                super()._close_one(member, *rest)
 
     monkeypatch.setattr(demo, "VICTIMS", 1)
     result = demonstrate(monkeypatch, Losing)
@@ -225,8 +225,9 @@ def test_a_pool_that_loses_a_slot_fails(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_pool_that_opens_too_many_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     class Greedy(Pool[Any]):
-        def _may_dial(self) -> bool:
-            return self.total < self._max_connections + 2
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            self.resize(12)
 
     result = demonstrate(monkeypatch, Greedy)
 
