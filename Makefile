@@ -19,7 +19,7 @@ help:
 	@echo "make docs    the manual, in docs/_build/html"
 	@echo "make bench   all pools side by side"
 	@echo "make faults  what each fault costs, in front of real servers, written into the docs"
-	@echo "make soak    a month of a service, a million borrowings, in about ten minutes"
+	@echo "make soak    a month of a service: a million borrowings, in about two minutes"
 	@echo "make clean   remove whatever these made"
 
 demo: $(VENV)/.demo

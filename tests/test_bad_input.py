@@ -51,6 +51,15 @@ WRONG: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "max_connecting": (NO_WHOLE_NUMBERS, (0, *NUMBERS_TOO_LOW)),
     "max_waiting": (("3", 2.5, True, [], math.nan), NUMBERS_TOO_LOW),
     "order": ((), ("", "LIFO", "random", 5, None, b"lifo", [])),
+    "min_idle": (NO_WHOLE_NUMBERS, (*NUMBERS_TOO_LOW, 5)),
+    "idle_timeout": (NO_SECONDS, (0, 0.0, *SECONDS_TOO_LOW)),
+    "max_lifetime": (NO_SECONDS, (0, 0.0, *SECONDS_TOO_LOW)),
+    "lifetime_jitter": ((*NO_SECONDS, None), (1.001, 2, *SECONDS_TOO_LOW)),
+    "max_uses": (("3", 2.5, True, [], math.nan), (0, *NUMBERS_TOO_LOW)),
+    "keepalive": (NO_SECONDS, (0, 0.0, *SECONDS_TOO_LOW)),
+    "backoff": ((None, 5, "12", [1, 2], (), (1,), (1, 2, 3)), ((2, 1), (0.2, 0.1))),
+    "leak_threshold": (NO_SECONDS, (0, 0.0, *SECONDS_TOO_LOW)),
+    "reclaim": (("no", 2.5, []), ()),
 }
 
 
@@ -94,6 +103,43 @@ def test_a_wrong_argument_is_refused_by_its_name_before_anything_is_opened(
 
     check_refusal(raised.value, name, value)
     assert Never.made == 0
+
+
+WRONG_IN_BACKOFF = {"backoff": ((*NO_SECONDS, None), (0, 0.0, *SECONDS_TOO_LOW))}
+
+
+@pytest.mark.parametrize(("name", "value", "kind"), cases(WRONG_IN_BACKOFF))
+@pytest.mark.parametrize("first", [True, False])
+def test_a_backoff_of_which_one_part_is_wrong_is_refused(
+    name: str, value: Any, kind: type[Exception], first: bool
+) -> None:
+    Never.made = 0
+    with pytest.raises(kind) as raised:
+        Pool(Never, min_idle=1, backoff=(value, 1) if first else (1, value))
+    check_refusal(raised.value, name, value)
+    assert Never.made == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_idle": 4, "initial_connections": 4},
+        {"idle_timeout": 10**9, "max_lifetime": 1e9, "keepalive": 1e9, "leak_threshold": 1e9},
+        {"idle_timeout": 1e-9, "max_lifetime": None, "keepalive": None, "leak_threshold": None, "max_uses": None},
+        {"lifetime_jitter": 0, "max_lifetime": 1000},
+        {"lifetime_jitter": 1.0, "max_lifetime": 1e9},
+        {"max_uses": 1},
+        {"max_uses": 2**70},
+        {"backoff": (1, 1)},
+        {"backoff": (0.001, 1e9)},
+        {"reclaim": 1},
+    ],
+    ids=str,
+)
+def test_values_at_the_edge_of_what_may_be_are_taken(server: LineEchoServer, options: dict[str, Any]) -> None:
+    with Pool(Line, options_for(server), max_connections=4, **options) as pool:
+        for _ in range(3):
+            serves_all_at_once(pool, 4)
 
 
 def test_an_argument_that_there_is_not_is_named() -> None:
@@ -191,6 +237,41 @@ def test_a_wrong_argument_of_connection_is_refused_whatever_the_pool_has(
         check_refusal(raised.value, name, value)
         assert (pool.size, pool.in_use) == (size, 0)
         serves_all_at_once(pool, 1)
+
+
+@pytest.mark.parametrize(("name", "value", "kind"), cases({"max_connections": WRONG["max_connections"]}))
+def test_a_wrong_size_is_refused_and_the_pool_keeps_the_one_it_has(
+    server: LineEchoServer, name: str, value: Any, kind: type[Exception]
+) -> None:
+    with Pool(Line, options_for(server), initial_connections=2, max_connections=2) as pool:
+        before = pool.stats()
+        with pytest.raises(kind) as raised:
+            pool.resize(value)
+        check_refusal(raised.value, name, value)
+        assert pool.stats() == before
+        serves_all_at_once(pool, 2)
+
+
+@pytest.mark.parametrize("method", ["wait_ready", "close"])
+@pytest.mark.parametrize(("name", "value", "kind"), cases({"timeout": WRONG_FOR_ACQUIRE["timeout"]}))
+def test_a_wrong_timeout_is_refused_before_anything_is_waited_for_or_closed(
+    server: LineEchoServer, method: str, name: str, value: Any, kind: type[Exception]
+) -> None:
+    with Pool(Line, options_for(server), max_connections=2, min_idle=1) as pool:
+        with pytest.raises(kind) as raised:
+            getattr(pool, method)(value)
+        check_refusal(raised.value, name, value)
+        assert not pool.closed
+        pool.wait_ready(5)
+        serves_all_at_once(pool, 2)
+
+
+@pytest.mark.parametrize("method", ["clear", "pause", "resume", "holders", "stats"])
+def test_methods_that_take_no_argument_say_so(server: LineEchoServer, method: str) -> None:
+    with Pool(Line, options_for(server), max_connections=2) as pool:
+        with pytest.raises(TypeError, match=method):
+            getattr(pool, method)(1)
+        serves_all_at_once(pool, 2)
 
 
 def test_text_is_not_sent_and_the_pool_goes_on(server: LineEchoServer) -> None:
@@ -1196,7 +1277,7 @@ def test_who_gets_no_connection_is_told_the_last_connect_error_until_a_connect_s
             pool.acquire()
         with pytest.raises(PoolExhaustedError) as raised:
             pool.acquire(timeout=0)
-        assert raised.value.last_error is refused.value
+        assert repr(raised.value.last_error) == repr(refused.value)
         assert "Connection refused" in str(raised.value)
         proxy.forward()
         with pool.connection(), pytest.raises(PoolExhaustedError) as raised:
