@@ -933,7 +933,6 @@ class Soak:
         plan = self.report.plan
         for site in self._sites:
             site.full_house()
-            # One whose last dial failed is in a cycle with that error's traceback, and would wait for the collector.
             if self._rng.random() < 0.2:
                 site.forget()
                 self.report.log.count("a pool forgotten")
