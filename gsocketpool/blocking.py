@@ -22,11 +22,24 @@ from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
 
 from gsocketpool.arguments import is_seconds, seconds, whole_number
 from gsocketpool.connection import Wrap
-from gsocketpool.core import BY_HAND, CLOSED, NOBODY, RETIRED, RETURNING, Core, Member, Place, Sentinel, new_place
+from gsocketpool.core import (
+    BY_HAND,
+    CLOSED,
+    INSPECTED,
+    NOBODY,
+    RETIRED,
+    RETURNING,
+    Core,
+    Member,
+    Place,
+    Sentinel,
+    new_place,
+)
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 from gsocketpool.forking import kept, pools
 from gsocketpool.lifetime import Limits
 from gsocketpool.loans import Ledger, Loan
+from gsocketpool.log import say
 from gsocketpool.operations import describe, operations_of
 from gsocketpool.settings import Settings
 from gsocketpool.stats import Holder, PoolStats
@@ -48,8 +61,6 @@ LAST_MOMENT: Final = 1.0
 
 C = TypeVar("C")
 P = TypeVar("P", bound="BlockingPool[Any]")
-
-logger = logging.getLogger("gsocketpool")
 
 # What a subclass must not define by mistake: the core's names that are no part of a pool's interface.
 _CORE_NAMES: Final = frozenset(name for name in vars(Core) if not name.startswith("_")) - {
@@ -328,9 +339,7 @@ class BlockingPool(Core[C]):
         if member is None:
             if self._given_up.pop(id(conn), None) is not None:
                 return
-            raise ConnectionNotFoundError(
-                f"{self._label} has no such connection (dropped, or another pool's?): {describe(conn)}"
-            )
+            raise self._unknown(conn)
         self._end_loan(member)
         granted_to = self.retire(member, "dropped")
         self._start_dials()
@@ -671,6 +680,9 @@ class BlockingPool(Core[C]):
         if self._max_waiting is not None and stats.waiting >= self._max_waiting:
             text += f"; as many wait as max_waiting={self._max_waiting} allows"
         loans: list[Loan] = [member.loan for member in self._members.values() if member.loan is not None]
+        asked = sum(member.holder is INSPECTED for member in self._members.values())
+        if asked:
+            text += f"; {asked} of those in use are being asked by the pool itself whether they still live"
         if loans:
             longest = min(loans, key=lambda loan: loan.since)
             held = monotonic() - longest.since
@@ -697,9 +709,7 @@ class BlockingPool(Core[C]):
         if member is None:
             if self._given_up.pop(id(connection), None) is not None:
                 return
-            raise ConnectionNotFoundError(
-                f"{self._label} has no such connection (dropped, or another pool's?): {describe(connection)}"
-            )
+            raise self._unknown(connection)
         if member.holder is not BY_HAND:
             if isinstance(member.holder, Lease):
                 raise ConnectionNotFoundError(
@@ -869,7 +879,7 @@ class BlockingPool(Core[C]):
             with self._bounded(self.close_grace):
                 self._operations.close(connection)
         except BaseException as error:
-            logger.debug("%s: closing after a failed open() failed too", self._label, exc_info=error)
+            say(logging.DEBUG, "%s: closing after a failed open() failed too", self._label, error=error)
 
     def _fill(self, count: int) -> None:
         """Open the initial connections side by side, as many at once as may be."""
@@ -995,8 +1005,14 @@ class BlockingPool(Core[C]):
         kind = type(self).__name__
         return f"{kind} {self._settings.name!r}" if self._settings.name else f"{kind} of {_name_of(self._factory)}"
 
+    def _unknown(self, connection: C) -> ConnectionNotFoundError:
+        return ConnectionNotFoundError(
+            f"{self._label} has no such connection (dropped, closed, reclaimed, or another pool's?): "
+            f"{describe(connection)}"
+        )
+
     def _report(self, what: str, error: BaseException) -> None:
-        logger.warning("%s: %s: %r", self._label, what, error, exc_info=error)
+        say(logging.WARNING, "%s: %s: %r", self._label, what, error, error=error)
 
     # What a runtime supplies
 

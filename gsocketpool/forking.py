@@ -14,12 +14,12 @@ import socket
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from gsocketpool.log import say
+
 if TYPE_CHECKING:
     from gsocketpool.blocking import BlockingPool
 
 __all__ = ["kept", "pools"]
-
-logger = logging.getLogger("gsocketpool")
 
 #: All pools of this process, by their identity: a subclass may define `__eq__` as it likes.
 pools: weakref.WeakValueDictionary[int, BlockingPool[Any]] = weakref.WeakValueDictionary()
@@ -52,7 +52,7 @@ def _descriptors(pool: BlockingPool[Any], connections: list[Any]) -> list[int]:
             if descriptor is not None and descriptor >= 0:
                 found.append(descriptor)
         except BaseException as error:
-            logger.debug("%s: fileno() failed", pool._label, exc_info=error)
+            say(logging.DEBUG, "%s: fileno() failed", pool._label, error=error)
     return found
 
 
@@ -70,7 +70,7 @@ def _cut_off(descriptors: list[int]) -> None:
             try:
                 os.dup2(dead_end, descriptor, inheritable=False)
             except OSError as error:
-                logger.debug("descriptor %d cannot be cut off", descriptor, exc_info=error)
+                say(logging.DEBUG, "descriptor %d cannot be cut off", descriptor, error=error)
     if dead_end not in descriptors:
         _socket.close(dead_end)
 

@@ -13,14 +13,13 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from gsocketpool.core import Member
+from gsocketpool.log import say
 from gsocketpool.operations import describe
 
 if TYPE_CHECKING:
     from gsocketpool.blocking import BlockingPool
 
 __all__ = ["Ledger", "Loan"]
-
-logger = logging.getLogger("gsocketpool")
 
 #: Frames of the borrower that are kept: the innermost ones.
 DEPTH: Final = 20
@@ -100,7 +99,8 @@ class Ledger:
         if loan.reported:
             # In the background: a log handler may wait, and be killed there, before the connection is given back.
             pool._spawn(
-                logger.warning,
+                say,
+                logging.WARNING,
                 "%s: the connection that %r had for so long came back after %.1f s: %s",
                 pool._label,
                 loan.borrower,
@@ -117,7 +117,8 @@ class Ledger:
                 break
             del self._unreported[member]
             loan.reported = True
-            logger.warning(
+            say(
+                logging.WARNING,
                 "%s: %r has held a connection for %.1f s, longer than leak_threshold=%g: %s; it was borrowed here:\n%s",
                 pool._label,
                 loan.borrower,
@@ -139,7 +140,8 @@ def take_back(pool: BlockingPool[Any], member: Member[Any], loan: Loan) -> None:
     if member.loan is loan:
         loan.reported = False  # it does not come back
         pool._discard(member, "reclaimed")
-        logger.warning(
+        say(
+            logging.WARNING,
             "%s: %r ended without releasing a connection, which is closed: %s; it was borrowed here:\n%s",
             pool._label,
             loan.borrower,

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gsocketpool.core import INSPECTED, Member, Place, new_place
 from gsocketpool.lifetime import NEVER, full_jitter
+from gsocketpool.log import say
 from gsocketpool.settings import Settings
 
 if TYPE_CHECKING:
     from gsocketpool.blocking import BlockingPool
 
 __all__ = ["Upkeep", "keep_up", "stirs"]
-
-logger = logging.getLogger("gsocketpool")
 
 #: Below this many seconds, `check_after_idle` checks each time: so fine a tick would cost more than the checks.
 FINEST_TICK: Final = 0.02
@@ -161,7 +160,7 @@ class Upkeep:
                 if descriptor is not None and descriptor >= 0 and pool._operations.checks(member.connection):
                     member.watch = pool._watch(descriptor, member)
             except Exception as error:
-                logger.debug("%s: a connection cannot be watched by its fileno()", pool._label, exc_info=error)
+                say(logging.DEBUG, "%s: a connection cannot be watched by its fileno()", pool._label, error=error)
 
     def look_away(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
         """No longer: it is lent, asked or closed."""

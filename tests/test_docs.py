@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gevent
 import pytest
 from sybil import Sybil
 from sybil.parsers.rest import DocTestParser, PythonCodeBlockParser
@@ -50,6 +51,7 @@ def test_every_example_of_a_page_runs(page: Path, logged: Logged) -> None:
             example.evaluate()
     finally:
         document.namespace.clear()
+    gevent.sleep(0)  # some of it is said in the background
     expected = LOGGED.get(relative(page), set())
     texts = [record.getMessage() for record in logged.take()]
     assert [text for text in texts if not any(re.search(regex, text) for regex in expected)] == []
@@ -108,6 +110,15 @@ def test_the_retry_example_runs() -> None:
     assert run("retry.py") == [
         "300 requests answered, the last with b'question 9.29'",
         "connections that broke: some",
+    ]
+
+
+def test_the_fork_example_runs() -> None:
+    assert run("fork.py") == [
+        "the parent on connection 1",
+        "<Pool of TcpConnection: 0 idle, 0 in use, 0 opening, 0 waiting, max 200>",
+        "the child on connection 2",
+        "the parent on connection 1",
     ]
 
 
