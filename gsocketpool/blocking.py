@@ -830,7 +830,8 @@ class BlockingPool(Core[C]):
             known = self._upkeep.resting
             pause = self._upkeep.rest(self, self._setbacks)
             if not known:  # else it is one of several side by side
-                self._report(f"a dial for min_idle={self._min_idle} failed; the next one in {pause:.2f} s", problem)
+                text = f"a dial for min_idle={self._min_idle} failed; the next one in {pause:.2f} s"
+                self._report(text, problem, trace=self._setbacks == 1)
         elif waiter is not None:
             self._wake(waiter)
         elif place is not None:
@@ -1011,8 +1012,8 @@ class BlockingPool(Core[C]):
             f"{describe(connection)}"
         )
 
-    def _report(self, what: str, error: BaseException) -> None:
-        say(logging.WARNING, "%s: %s: %r", self._label, what, error, error=error)
+    def _report(self, what: str, error: BaseException, trace: bool = True) -> None:
+        say(logging.WARNING, "%s: %s: %r", self._label, what, error, error=error if trace else None)
 
     # What a runtime supplies
 

@@ -33,7 +33,6 @@ LOGGED = {
     "docs/howto/warm.rst": {r"a dial for min_idle=\d failed; the next one in \d+\.\d\d s: ConnectionRefusedError\("},
     "docs/howto/leaks.rst": {
         r"forgetful> has held a connection for \d+\.\d s, longer than leak_threshold=0\.5: ",
-        r"forgetful> had for so long came back after \d+\.\d s: ",
         r"ended without releasing a connection, which is closed: ",
     },
 }
