@@ -652,55 +652,61 @@ class BlockingPool(Core[C]):
             self._close_all([member], wait=False)
 
     def _not_ready_error(self, started: float) -> PoolExhaustedError:
-        text = f"{self.size} of min_idle={self._min_idle} connections open"
         if self._paused:
-            hint = "the pool is paused: resume() dials again"
+            advice = "the pool is paused: resume() dials again"
         elif self._resting:
-            hint = f"the next dial for them in {self._upkeep.rest(self, self._setbacks):.2f} s; wait longer (timeout=)"
+            advice = (
+                f"the next dial for them in {self._upkeep.rest(self, self._setbacks):.2f} s; wait longer (timeout=)"
+            )
         else:
-            hint = "wait longer (timeout=)"
-        return self._exhausted_error(started, text, hint)
+            advice = "wait longer (timeout=)"
+        return self._exhausted_error(started, f"{self.size} of min_idle={self._min_idle} connections open", advice)
 
     def _exhausted_error(
-        self, started: float, what: str = "no connection to lend", hint: str | None = None
+        self, started: float, what: str = "no connection to lend", advice: str | None = None
     ) -> PoolExhaustedError:
         self._exhausted += 1
         stats = self.stats()
         waited = monotonic() - started
-        text = (
-            f"{self._label} has {what} after {waited:.3f} s: {stats.in_use} of at most "
-            f"{stats.max_connections} in use, {stats.idle} idle, {stats.opening} opening, {self._closing} closing, "
-            f"{stats.waiting} others waiting"
-        )
+        parts = [
+            f"{self._label} has {what} after {waited:.3f} s: {stats.in_use} of at most {stats.max_connections} in use, "
+            f"{stats.idle} idle, {stats.opening} opening, {self._closing} closing, {stats.waiting} others waiting"
+        ]
         if self._last_error is not None:
-            text += f"; the last connect error was {self._last_error!r}"
-        if hint is not None:
-            text += f"; {hint}"
-            return PoolExhaustedError(text, stats=stats, waited=waited, last_error=self._last_error)
-        if self._max_waiting is not None and stats.waiting >= self._max_waiting:
-            text += f"; as many wait as max_waiting={self._max_waiting} allows"
-        loans: list[Loan] = [member.loan for member in self._members.values() if member.loan is not None]
-        asked = sum(member.holder is INSPECTED for member in self._members.values())
+            parts.append(f"the last connect error was {self._last_error!r}")
+        if advice is None:
+            if self._max_waiting is not None and stats.waiting >= self._max_waiting:
+                parts.append(f"as many wait as max_waiting={self._max_waiting} allows")
+            parts += self._who_holds()
+            advice = self._advice()
+        text = "; ".join([*parts, advice])
+        return PoolExhaustedError(text, stats=stats, waited=waited, last_error=self._last_error)
+
+    def _who_holds(self) -> list[str]:
+        members = self._members.values()
+        found = []
+        asked = sum(member.holder is INSPECTED for member in members)
         if asked:
-            text += f"; {asked} of those in use are being asked by the pool itself whether they still live"
-        if loans:
-            longest = min(loans, key=lambda loan: loan.since)
+            found.append(f"{asked} of those in use are being asked by the pool itself whether they still live")
+        longest: Loan | None = min((m.loan for m in members if m.loan is not None), key=_since, default=None)
+        if longest is not None:
             held = monotonic() - longest.since
-            text += f"; {longest.borrower!r} has held one for {held:.3f} s, borrowed {longest.where()}"
+            found.append(f"{longest.borrower!r} has held one for {held:.3f} s, borrowed {longest.where()}")
+        return found
+
+    def _advice(self) -> str:
         if self._paused:
-            text += "; the pool is paused: resume() lends again"
-        elif self._is_deadlocked():
-            text += (
-                "; a deadlock: every borrower is waiting for a further connection of this pool; borrow all that a task "
+            return "the pool is paused: resume() lends again"
+        if self._is_deadlocked():
+            return (
+                "a deadlock: every borrower is waiting for a further connection of this pool; borrow all that a task "
                 "needs at once, or fewer at a time"
             )
-        elif stats.opening:
-            text += "; give the dial longer (timeout=), or bound it (connect_timeout=)"
-        elif self.total < self._max_connections:
-            text += "; there is room for more, but none was idle, and timeout=0 opens none"
-        else:
-            text += "; return connections sooner, wait longer (timeout=), or raise max_connections"
-        return PoolExhaustedError(text, stats=stats, waited=waited, last_error=self._last_error)
+        if self._dialling:
+            return "give the dial longer (timeout=), or bound it (connect_timeout=)"
+        if self.total < self._max_connections:
+            return "there is room for more, but none was idle, and timeout=0 opens none"
+        return "return connections sooner, wait longer (timeout=), or raise max_connections"
 
     # Behind release
 
@@ -1090,6 +1096,10 @@ class _Tally(Generic[C]):
         self.left = self.unstarted = jobs
         self.error: BaseException | None = None
         self.place: Place[C] = new_place()
+
+
+def _since(loan: Loan) -> float:
+    return loan.since
 
 
 def _name_of(factory: object) -> str:
