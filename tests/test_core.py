@@ -1117,6 +1117,48 @@ def test_after_a_lower_cap_nothing_is_dialled_until_there_is_room_under_it() -> 
     assert pool.permit() is waiter
 
 
+def test_who_has_lost_his_slot_to_a_lower_cap_is_told_once_and_who_keeps_it_is_not() -> None:
+    pool = core(4, max_connecting=1)
+    dialling, second, third, fourth = queued(pool, 4)
+    assert pool.permit() is dialling
+    assert pool.unreserved() == []
+    pool.set_cap(3)
+    assert [each.reserved for each in (dialling, second, third, fourth)] == [True, True, True, False]
+    assert pool.unreserved() == [fourth]
+    pool.set_cap(2)
+    assert not third.reserved
+    assert third in pool.unreserved()
+    assert pool.unreserved() == []
+    assert second.reserved
+
+
+def test_who_has_lost_his_slot_to_a_connection_that_came_back_is_told() -> None:
+    pool = core(2, max_connecting=1)
+    busy = lent(pool)
+    first, second = queued(pool, 2)
+    assert first.reserved
+    assert not second.reserved
+    assert pool.permit() is first
+    pool.set_cap(1)
+    assert pool.opened(Thing()) is RETIRED
+    assert queue(pool) == [first, second]
+    assert not first.reserved
+    assert pool.unreserved() == [first, second]
+    assert pool.give(busy) is first
+    assert sound(pool)
+
+
+def test_whose_dial_was_used_up_by_another_keeps_his_slot_while_there_is_room() -> None:
+    pool = core(2)
+    first, second = queued(pool, 2)
+    assert (pool.permit(), pool.permit()) == (first, second)
+    assert pool.opened(Thing()) is first
+    assert pool.failed(first, OSError()) is None
+    assert second in pool._undialled
+    assert second.reserved
+    assert pool.unreserved() == []
+
+
 def test_the_ceiling_of_a_pool_that_shrinks_only_falls() -> None:
     pool = core(4, max_connecting=4)
     members = [lent(pool) for _ in range(3)]
@@ -1420,6 +1462,27 @@ def test_a_tick_stamps_what_was_touched_since_the_last_one_and_nothing_else() ->
     assert pool.cool(4.0) == []
     assert (first.since, second.since) == (2.0, 3.0)
     assert stack(pool) == [first, second]
+
+
+def test_what_became_cold_between_two_ticks_is_told_at_the_next_one_or_when_it_is_asked_for() -> None:
+    pool = core(2)
+    first, second = stocked(pool, 2)
+    assert not pool.is_cold(first)
+    assert pool.inspect() is first
+    assert not pool.is_cold(first)
+    pool.inspected(first)
+    assert pool.is_cold(first)
+    assert pool.unseen() == [first, second]
+    assert pool.cool(1.0) == []
+    pool.show_again(second)
+    assert pool.cool(2.0) == [second]
+    assert pool.unseen() == []
+
+
+def test_there_is_nothing_to_inspect_in_a_pool_where_nothing_idles() -> None:
+    pool = core(1)
+    lent(pool)
+    assert pool.inspect() is None
 
 
 def test_fifo_lends_the_cold_before_the_warm() -> None:

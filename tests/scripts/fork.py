@@ -1153,21 +1153,22 @@ def paused(fork: Fork) -> None:
 
 def loans(fork: Fork) -> None:
     """Who holds what is noted: in the child nobody holds anything, and no report is made of it."""
-    pool = line_pool(leak_threshold=0.2, reclaim=True)
-    dies = Event()
+    pool = line_pool(leak_threshold=0.5, reclaim=True)
+    asked, dies = Event(), Event()
 
     def borrower() -> None:
         pool.acquire().ask()
+        asked.set()
         dies.wait(BOUND)
 
     careless = gevent.spawn(borrower)
-    until("it holds one", lambda: pool.in_use == 1)
+    assert asked.wait(BOUND / 2)
 
     def in_child() -> None:
         assert pool.holders() == []
         dies.set()
         careless.join(BOUND / 2)
-        gevent.sleep(0.3)  # past the threshold, and a tick
+        gevent.sleep(0.6)  # past the threshold, and a tick
         serves(pool)
         pool.close()
 
