@@ -532,9 +532,11 @@ class BlockingPool(Core[C]):
             limit, lenient, wait = self._limit(retry, retried, timeout)
         started = monotonic()
         left = limit
+        turn = 0
         found = self.take(wait)
         while True:
             if type(found) is Place:
+                turn = found.turn
                 try:
                     if self._ledger is not None:
                         self._ledger.waiting.add(id(self._borrower()))
@@ -568,7 +570,7 @@ class BlockingPool(Core[C]):
                     left = max(0.0, started + limit - monotonic())
                     if not left and not lenient:
                         raise self._exhausted_error(started)
-                found = self.retake(wait)
+                found = self.retake(wait, turn)
                 self._wake_unreserved()
             elif found is CLOSED:
                 raise PoolClosedError(f"{self._label} is closed")

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from heapq import heapify, heappop, heappush
+from itertools import takewhile
 from typing import Any, Final, Generic, TypeVar
 
 from gsocketpool.lifetime import NEVER, NO_LIMITS, Limits
@@ -150,6 +151,7 @@ class Core(Generic[C]):
         "_dialling",
         "_doomed",
         "_due",
+        "_early",
         "_epoch",
         "_exhausted",
         "_fifo",
@@ -230,7 +232,8 @@ class Core(Generic[C]):
         self._resets = False
         self._resting = False
         self._unsettled = False
-        self._turn = 0
+        self._turn = 0  # the last one that was given
+        self._early = -(2**60)  # likewise, to those who come before all these
         self._setbacks = 0
         self._generation = 0
         self._epoch = 0
@@ -302,8 +305,9 @@ class Core(Generic[C]):
         self._set_lanes()
         return place
 
-    def retake(self, wait: bool) -> Member[C] | Place[C] | Sentinel:
-        """As `take`, for one whose connection turned out dead before he had it: he is first in line, not last."""
+    def retake(self, wait: bool, turn: int = 0) -> Member[C] | Place[C] | Sentinel:
+        """As `take`, for one whose connection turned out dead before he had it: he keeps his turn; 0 if he had not had
+        to wait, and comes before all who do."""
         if self._closed:
             return CLOSED
         if not self.waiting and self.idle and not self._paused:
@@ -311,7 +315,9 @@ class Core(Generic[C]):
         if not wait:
             return EXHAUSTED
         place = new_place(not self._paused and self._has_room())
-        place.turn = next(iter(self._dialled or self._undialled)).turn if self.waiting else self._turn
+        if not turn:
+            turn = self._early = self._early + 1
+        place.turn = turn
         self._requeue(place)
         return place
 
@@ -496,6 +502,8 @@ class Core(Generic[C]):
             self._doomed -= 1
         connection = member.connection
         del self._members[id(connection)]
+        if isinstance(place, Place) and not self._has_room():
+            place.reserved = False
         self._claimed[id(connection)] = connection
         self._unclosed[member] = None
         member.holder = None
@@ -593,8 +601,8 @@ class Core(Generic[C]):
         """
         members = list(self._members.values())
         forgotten = [*self._claimed.values(), *(member.connection for member in members)]
-        queue = sorted((m.holder for m in members if isinstance(m.holder, Place)), key=lambda place: place.turn)
-        queue += [*self._dialled, *self._undialled]
+        granted = [member.holder for member in members if isinstance(member.holder, Place)]
+        queue = sorted([*granted, *self._dialled, *self._undialled], key=lambda place: place.turn)
         for member in members:
             self._retired_uses += member.uses - isinstance(member.holder, Place)
             member.holder = member.fate = None
@@ -776,8 +784,10 @@ class Core(Generic[C]):
 
     def _requeue(self, place: Place[C]) -> None:
         queue = self._dialled or self._undialled
+        ahead = list(takewhile(lambda other: other.turn < place.turn, queue))
         queue[place] = None
-        queue.move_to_end(place, last=False)
+        for each in (place, *reversed(ahead)):
+            queue.move_to_end(each, last=False)
         self._balance()
         self._set_lanes()
 
@@ -858,6 +868,11 @@ class Core(Generic[C]):
             "the lane for releases is open though there is more to decide": not lanes or not (waiters or self._closed),
             "the lane to the queue is open though there may be room": not self._brimful
             or (len(self._members) >= self._max_connections and self._max_waiting is None),
+            "a grant and its place disagree": all(m.holder.member is m for m in members if isinstance(m.holder, Place)),
+            "something gone is due": all(self._members.get(id(m.connection)) is m for m in self._due),
+            "the lane for loans is open though there is more to decide": self._lane_out is not self._warm
+            or not (self._paused or self._fifo or self._stern or self._always_cold or not self._plain),
+            "the ceiling is below max_connections": self._ceiling >= self._max_connections,
             "less than nothing is being closed": self._closing >= 0,
             "the latest is no member": self._latest is NOBODY or self._latest in members,
             "the latest could be released though there is more to decide": lanes or self._latest is NOBODY,

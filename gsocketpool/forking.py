@@ -15,6 +15,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from gsocketpool.log import say
+from gsocketpool.operations import descriptor_of
 
 if TYPE_CHECKING:
     from gsocketpool.blocking import BlockingPool
@@ -48,8 +49,8 @@ def _descriptors(pool: BlockingPool[Any], connections: list[Any]) -> list[int]:
     found = []
     for connection in connections:
         try:
-            descriptor = pool._operations.fileno(connection)
-            if descriptor is not None and descriptor >= 0:
+            descriptor = descriptor_of(pool._operations, connection)
+            if descriptor is not None:
                 found.append(descriptor)
         except BaseException as error:
             say(logging.DEBUG, "%s: fileno() failed", pool._label, error=error)

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Generic, Protocol, TypeVar
 
 from gsocketpool.connection import Connection, Wrap
 
-__all__ = ["Functions", "Methods", "Operations", "describe", "operations_of"]
+__all__ = ["Functions", "Methods", "Operations", "describe", "descriptor_of", "operations_of"]
 
 C = TypeVar("C")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -136,6 +137,19 @@ class Functions(Generic[C]):
             return self._wrapped.fileno(connection)
         own = getattr(type(connection), "fileno", None)  # of the class, as for `reset`
         return None if own is None else own(connection)
+
+
+def descriptor_of(operations: Operations[Any], connection: object) -> int | None:
+    """What `fileno` says, if that is an open descriptor: event loops and the kernel take any number at its word.
+
+    :raises OSError: it is none.
+    :raises TypeError: it is no number.
+    """
+    descriptor = operations.fileno(connection)
+    if descriptor is None or descriptor < 0:
+        return None
+    os.fstat(descriptor)
+    return descriptor
 
 
 def describe(connection: object) -> str:

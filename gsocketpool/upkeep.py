@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gsocketpool.core import INSPECTED, Member, Place, new_place
 from gsocketpool.lifetime import NEVER, full_jitter
 from gsocketpool.log import say
+from gsocketpool.operations import descriptor_of
 from gsocketpool.settings import Settings
 
 if TYPE_CHECKING:
@@ -156,8 +157,8 @@ class Upkeep:
             if member.watch is not None or member.stirs > MOST_STIRS or not pool.is_cold(member):
                 continue
             try:
-                descriptor = pool._operations.fileno(member.connection)
-                if descriptor is not None and descriptor >= 0 and pool._operations.checks(member.connection):
+                descriptor = descriptor_of(pool._operations, member.connection)
+                if descriptor is not None and pool._operations.checks(member.connection):
                     member.watch = pool._watch(descriptor, member)
             except Exception as error:
                 say(logging.DEBUG, "%s: a connection cannot be watched by its fileno()", pool._label, error=error)

@@ -732,17 +732,21 @@ def test_what_is_gone_leaves_the_agenda_in_time() -> None:
     assert pool.audit(7201.0) == kept
 
 
-def test_the_agenda_is_in_order_after_it_was_tidied() -> None:
-    pool = core(40)
-    times = [float(n * 7 % 40) for n in range(40)]
-    members = [lent(pool, retire_at=when, look_at=when) for when in times]
-    for each in members[:30]:
-        pool.retire(each, "dropped")
-        pool.freed(each.connection)
-    members[30:] += [lent(pool, retire_at=when, look_at=when) for when in times[:30]]
-    for each in members[30:]:
-        pool.give(each)
-    assert [each.retire_at for each in pool.audit(99.0)] == sorted(times)
+def test_the_agenda_is_in_order_after_it_was_tidied(rng: random.Random) -> None:
+    for _ in range(20):
+        pool = core(50)
+        members = [lent(pool, retire_at=when, look_at=when) for when in rng.sample(range(1000), 50)]
+        rng.shuffle(members)
+        for each in members[:40]:
+            pool.retire(each, "dropped")
+            pool.freed(each.connection)
+        late = lent(pool, retire_at=1000.0, look_at=1000.0)
+        assert len(pool._agenda) == 11
+        for each in [*members[40:], late]:
+            pool.give(each)
+        ends = [each.retire_at for each in pool.audit(2000.0)]
+        assert ends == sorted(ends)
+        assert len(ends) == 11
 
 
 def test_an_audit_looks_at_nothing_that_is_not_due() -> None:
@@ -1118,14 +1122,15 @@ def test_after_a_lower_cap_nothing_is_dialled_until_there_is_room_under_it() -> 
 
 
 def test_who_has_lost_his_slot_to_a_lower_cap_is_told_once_and_who_keeps_it_is_not() -> None:
-    pool = core(4, max_connecting=1)
+    pool = core(5, max_connecting=1)
+    lent(pool)
     dialling, second, third, fourth = queued(pool, 4)
     assert pool.permit() is dialling
     assert pool.unreserved() == []
-    pool.set_cap(3)
+    pool.set_cap(4)
     assert [each.reserved for each in (dialling, second, third, fourth)] == [True, True, True, False]
     assert pool.unreserved() == [fourth]
-    pool.set_cap(2)
+    pool.set_cap(3)
     assert not third.reserved
     assert third in pool.unreserved()
     assert pool.unreserved() == []
@@ -1770,7 +1775,8 @@ class World:
         elif wait:
             waiter = place(answer)
             assert waiter.reserved == (not self.paused and len(self.uses) + len(self.dials) < self.cap)
-            self.queue.insert(0, waiter)
+            assert waiter.turn < 0  # he had not had to wait, and comes before all who do
+            self.queue.insert(sum(each.turn < waiter.turn for each in self.queue), waiter)
         else:
             assert answer is EXHAUSTED
         self.pump()
@@ -1915,8 +1921,8 @@ class World:
             self.lend(other)
             return
         assert waiter.member is None
-        if not self.ended:
-            self.queue.insert(0, waiter)
+        if not self.ended:  # back to where his turn is
+            self.queue.insert(sum(each.turn < waiter.turn for each in self.queue), waiter)
 
     def finish_closing(self) -> None:
         self.free_nth(self.pick(range(len(self.closing))))
@@ -2064,15 +2070,7 @@ class World:
             self.fates.setdefault(subject, "cleared")
         for waiter in granted:
             self.ungrant(waiter)
-        self.queue[: len(granted)] = self.first_in_queue(granted)
         self.pump()
-
-    def first_in_queue(self, those: list[Place[Thing]]) -> list[Place[Thing]]:
-        """They are back at the head of the queue, in the order in which they came."""
-        head = queue(self.pool)[: len(those)]
-        assert set(head) == set(those)
-        assert [each.turn for each in head] == sorted(each.turn for each in those)
-        return head
 
     def fork(self) -> None:
         forgotten, told = self.pool.forget()
@@ -2084,7 +2082,7 @@ class World:
             assert set(told) == set(self.granted)
         else:
             assert told == []
-            self.queue = self.first_in_queue(self.granted) + self.queue
+            self.queue = sorted([*self.granted, *self.queue], key=lambda waiter: waiter.turn)
         assert not any(waiter.member for waiter in self.granted)
         self.cold, self.warm, self.lent, self.inspected, self.granted = [], [], [], [], []
         self.dials, self.unclosed, self.closing, self.uses, self.fates, self.unseen = [], [], [], {}, {}, []
@@ -2175,7 +2173,7 @@ class World:
         assert pool._dialling == len(self.dials)
         assert pool._closing == len(self.unclosed) + len(self.closing) == len(pool._claimed)
         assert list(pool._unclosed) == self.unclosed
-        assert pool.total == self.total
+        assert (pool.size, pool.idle, pool.total) == (len(self.uses), len(self.idle), self.total)
         self.ceiling = max(self.cap, min(self.ceiling, self.total))
         assert pool._ceiling == self.ceiling
         assert pool._closed_for == self.retired
