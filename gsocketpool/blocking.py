@@ -526,14 +526,30 @@ class BlockingPool(Core[C]):
     # Behind acquire
 
     def _acquire(self, holder: object, retry: int, retried: int, timeout: float | EllipsisType | None) -> Member[C]:
-        if timeout is ... and retry == 10 and retried == 0:
+        usual = timeout is ... and retry == 10 and retried == 0
+        if usual:
             limit, lenient, wait = self._usual_limit
+        elif timeout is None:
+            limit, lenient, wait = None, False, True
         else:
             limit, lenient, wait = self._limit(retry, retried, timeout)
         started = monotonic()
-        left = limit
         turn = 0
         found = self.take(wait)
+        if type(found) is Place and self._brimful and (limit or limit is None):
+            # What follows, for the commonest case.
+            try:
+                if usual and limit:
+                    self._park_until(found, started + limit)
+                else:
+                    self._park(found, limit)
+            except BaseException:
+                self._leave(found)
+                raise
+            member = found.member
+            if member is not None and not member.cold:
+                member.holder = holder
+                return member
         while True:
             if type(found) is Place:
                 turn = found.turn
@@ -542,15 +558,9 @@ class BlockingPool(Core[C]):
                         self._ledger.waiting.add(id(self._borrower()))
                     if found.reserved:
                         self._start_dials()
-                        self._wait_on(found, limit, lenient, started)
-                    elif left or left is None:
-                        self._park(found, left)
-                        if found.member is None:  # woken for an error, or for nothing
-                            self._wait_on(found, limit, lenient, started)
+                    self._wait_on(found, limit, lenient, started)
                 except BaseException:
-                    unused = self.abandon(found)
-                    if unused is not None:
-                        self._settle(self.give(unused), unused)
+                    self._leave(found)
                     raise
                 finally:
                     if self._ledger is not None:
@@ -566,10 +576,8 @@ class BlockingPool(Core[C]):
                             self._discard(found)
                             raise
                     return found
-                if limit:
-                    left = max(0.0, started + limit - monotonic())
-                    if not left and not lenient:
-                        raise self._exhausted_error(started)
+                if limit and not lenient and started + limit <= monotonic():
+                    raise self._exhausted_error(started)
                 found = self.retake(wait, turn)
                 self._wake_unreserved()
             elif found is CLOSED:
@@ -587,6 +595,12 @@ class BlockingPool(Core[C]):
         if self._settings.acquire_timeout is not None:
             return self._settings.acquire_timeout, False, self._settings.acquire_timeout > 0
         return max(0, whole_number("retry", retry) - whole_number("retried", retried)) * 0.1, True, True
+
+    def _leave(self, place: Place[C]) -> None:
+        """Leave the queue, and hand on what was granted in the meantime."""
+        unused = self.abandon(place)
+        if unused is not None:
+            self._settle(self.give(unused), unused)
 
     def _wait_on(self, place: Place[C], limit: float | None, lenient: bool, started: float) -> None:
         """Stand still until the place has ended, or the time is over."""
@@ -1031,6 +1045,10 @@ class BlockingPool(Core[C]):
     def _park(self, place: Place[C], limit: float | None) -> None:
         """Stand still until `place` is woken, or `limit` seconds have passed; waking for no reason is allowed."""
         raise NotImplementedError
+
+    def _park_until(self, place: Place[C], deadline: float) -> None:
+        """As `_park`, up to a time of `monotonic`'s that is never earlier than at the call before."""
+        self._park(place, max(0.0, deadline - monotonic()))
 
     def _wake(self, place: Place[C]) -> None:
         """Let whoever stands still at `place` go on, soon; nobody may stand there."""

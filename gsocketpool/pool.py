@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from time import monotonic
 from typing import Any, Final, TypeVar
 
 import gevent
@@ -99,21 +101,21 @@ class Pool(BlockingPool[C]):
     :exc:`~gsocketpool.PoolError` as soon as they would have to wait: make one pool in each thread.
     """
 
-    __slots__ = ("__dict__", "_home", "_hub", "_run_callback", "_timer")
+    __slots__ = ("__dict__", "_alarm", "_crowd", "_home", "_hub", "_patient", "_run_callback", "_timer")
 
     def _settle_in(self) -> None:
         self._hub = get_hub()
         self._timer = self._hub.loop.timer
         self._run_callback = self._hub.loop.run_callback
         self._home = _thread()
+        self._patient: deque[Place[C]] = deque()  # parked until their deadlines, which are in this order
+        self._crowd = 16  # as many may stand among them who have left, and so many more as do stand there
+        self._alarm: Any = None  # goes off when the first of them is due, or earlier; set while there is one
 
     def _park(self, place: Place[C], limit: float | None) -> None:
         hub = get_hub()
         if hub is not self._hub:
-            raise PoolError(
-                f"{self._label} was made in another thread, and serves the greenlets of that thread only: "
-                "make one in each thread"
-            )
+            raise self._not_at_home()
         place.waiter = switch = getcurrent().switch
         timer = None
         if limit is not None:
@@ -127,6 +129,56 @@ class Pool(BlockingPool[C]):
             place.waiter = None
             if place.waking is not None:
                 place.waking.stop()  # if it is done, that is nothing
+
+    def _park_until(self, place: Place[C], deadline: float) -> None:
+        # One timer for all who stand here, since a timer for each would be a tenth of what a hand-off costs.
+        hub = get_hub()
+        if hub is not self._hub:
+            raise self._not_at_home()
+        place.deadline = deadline
+        patient = self._patient
+        patient.append(place)
+        if self._alarm is None:
+            self._set_alarm()
+        place.waiter = getcurrent().switch
+        try:
+            hub.switch()
+        except BaseException:
+            place.waiter = None
+            if place.waking is not None:
+                place.waking.stop()
+            if len(patient) > self._crowd:  # else those who leave would pile up behind the first
+                live = [each for each in patient if each.waiter is not None]
+                patient.clear()
+                patient.extend(live)
+                self._crowd = 2 * len(live) + 16
+            raise
+        finally:
+            place.waiter = None
+            while patient and patient[0].waiter is None:
+                patient.popleft()
+            if not patient and self._alarm is not None:
+                self._alarm.close()
+                self._alarm = None
+
+    def _set_alarm(self) -> None:
+        self._alarm = self._timer(max(self._patient[0].deadline - monotonic(), SHORTEST_DOZE))
+        self._alarm.start(self._ring)
+
+    def _ring(self) -> None:
+        self._alarm.close()
+        self._alarm = None
+        now = monotonic()
+        while self._patient and (self._patient[0].waiter is None or self._patient[0].deadline <= now):
+            self._wake(self._patient.popleft())
+        if self._patient:
+            self._set_alarm()
+
+    def _not_at_home(self) -> PoolError:
+        return PoolError(
+            f"{self._label} was made in another thread, and serves the greenlets of that thread only: "
+            "make one in each thread"
+        )
 
     def _wake(self, place: Place[C]) -> None:
         if place.waiter is not None:

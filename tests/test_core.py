@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from gsocketpool.core import (
     Core,
     Member,
     Place,
+    Queue,
+    new_place,
 )
 from gsocketpool.lifetime import NEVER, Limits
 
@@ -1192,6 +1195,51 @@ def test_a_cap_that_grows_again_keeps_what_has_not_come_back_yet() -> None:
     assert sound(pool)
 
 
+def test_who_leaves_the_queue_is_passed_over_and_not_kept() -> None:
+    line: Queue[Thing] = Queue()
+    places = [new_place() for _ in range(100)]
+    for each in places:
+        line.join(each)
+    line.leave(places[0])
+    assert (line[0], line.left, line.length) == (places[1], 0, 99)  # the first is taken out
+    for each in places[2:40]:
+        line.leave(each)
+    assert (len(line), line.left, line.length) == (99, 38, 61)
+    assert list(line) == [places[1], *places[40:]]
+    assert places[2] not in line
+    assert places[40] in line
+    assert (line.first(), line.first(), line.length) == (places[1], places[40], 59)
+    for each in places[60:99]:
+        line.leave(each)
+    assert len(line) <= 2 * line.length
+    assert line.last() is places[99]
+    assert line.last() is places[59]
+    assert list(line) == places[41:59]
+    assert all(each.queue is None for each in (*places[:41], *places[59:]))
+
+
+def test_as_many_as_may_be_leave_the_queue_at_a_cost_that_does_not_grow() -> None:
+    line: Queue[Thing] = Queue()
+    places = [new_place() for _ in range(20_000)]
+    for each in places:
+        line.join(each)
+    steps = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal steps
+        steps += event == "call"  # one for each place that is looked at, among others
+
+    random.Random(7).shuffle(places)
+    sys.setprofile(count)
+    try:
+        for each in places:
+            line.leave(each)
+    finally:
+        sys.setprofile(None)
+    assert (len(line), line.left, bool(line)) == (0, 0, False)
+    assert steps < 12 * len(places)
+
+
 def test_the_lane_to_the_queue_follows_the_cap() -> None:
     pool = core(1)
     lent(pool)
@@ -1715,7 +1763,7 @@ class World:
     def pump(self) -> None:
         """What a driver does after each step."""
         while True:
-            promised = len(self.pool._dialled)
+            promised = self.pool._dialled.length
             due = len(self.queue) > promised and not self.paused and self.may_dial()
             waiter = self.pool.permit()
             assert waiter is (self.queue[promised] if due else None)
@@ -1730,7 +1778,7 @@ class World:
         self.ask(self.pick([True, True, False]), dead=self.pick([False, False, False, True]))
 
     def ask(self, wait: bool, dead: bool = False) -> None:
-        undialled = len(self.pool._undialled)
+        undialled = self.pool._undialled.length
         room = 0 if self.paused else max(0, self.cap - len(self.uses) - len(self.dials))
         surplus = undialled - room
         answer = self.pool.take(wait)
@@ -2192,7 +2240,8 @@ class World:
         assert self.pool._lane_in == (not shut and not self.queue)
         assert (self.pool._lane_out is self.pool._warm) == (not shut and not self.fifo and not self.paused)
         assert self.pool._lane_out is self.pool._warm or not self.pool._lane_out
-        assert self.pool._brimful == (self.max_waiting is None and len(self.uses) >= self.cap)
+        full = len(self.uses) >= self.cap
+        assert self.pool._brimful == (full and self.max_waiting is None and not self.records)
 
     def check_agenda(self) -> None:
         if self.ended:

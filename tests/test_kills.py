@@ -90,6 +90,7 @@ class World:
         address = {"host": "127.0.0.1", "port": server.port, **tls}
         self.make: Callable[..., Pool[Any]] = lambda **more: Pool(kind, address, **{**settings, **more})
         self.pool = self.make()
+        self.patience: dict[str, Any] = {} if "acquire_timeout" in options else {"timeout": BOUND}
         self.asked = 0
 
     def aim(self, doing: str) -> None:
@@ -108,7 +109,7 @@ class World:
         def use() -> None:
             for _ in range(2):
                 try:
-                    self.borrow(timeout=BOUND)
+                    self.borrow(**self.patience)
                 except (PoolError, gevent.Timeout):
                     # What befell a dial is told to the borrower for whom it was made, and to nobody else.
                     if not self.pool.closed and self.victim_does != "open":
@@ -137,7 +138,7 @@ Scenario = Callable[[World], None]
 
 
 def by_with(world: World) -> None:
-    world.borrow(timeout=BOUND)
+    world.borrow(**world.patience)
 
 
 def by_hand(world: World) -> None:
@@ -191,10 +192,13 @@ def filling(world: World) -> None:
     world.borrow(timeout=BOUND)
 
 
+ONE = {"max_connections": 1}
+
 #: name -> what the victim does, the connection's class, who is the victim, the pool's options, who else uses the pool.
 SCENARIOS: dict[str, tuple[Scenario, type[Line], str, dict[str, Any], int]] = {
     "a borrower that dials": (by_with, SlowToOpen, "borrow", {}, 0),
-    "a borrower that waits in the queue": (by_with, Line, "borrow", {"max_connections": 1}, 3),
+    "a borrower that waits in the queue": (by_with, Line, "borrow", ONE, 3),
+    "a borrower that waits as long as all do": (by_with, Line, "borrow", {**ONE, "acquire_timeout": BOUND}, 4),
     "a borrower among many": (by_with, SlowToReset, "borrow", {"check_after_idle": 0}, 4),
     "a borrower by hand": (by_hand, Line, "borrow", {}, 3),
     "a borrower by the rule of 0.1.6": (by_the_rule_of_016, Line, "borrow", {}, 3),
@@ -248,6 +252,7 @@ def run(knife: Knife, name: str) -> None:
         else:
             world.borrow(timeout=BOUND)
         assert pool.faults() == []
+        assert (len(pool._patient), pool._alarm) == (0, None)
         assert server.most <= CAP, f"the server saw {server.most} sockets, the cap is {CAP}"
         pool.close()
         server.wait_open(0)
