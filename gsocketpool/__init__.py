@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gsocketpool.budget import Budget
 from gsocketpool.connection import (
     Connection,
     EndOfStreamError,
@@ -12,23 +13,34 @@ from gsocketpool.connection import (
     Wrap,
     wrap,
 )
-from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
+from gsocketpool.exceptions import (
+    BreakerOpenError,
+    ConnectionNotFoundError,
+    PoolClosedError,
+    PoolError,
+    PoolExhaustedError,
+)
+from gsocketpool.group import PoolGroup
 from gsocketpool.pool import Pool
 from gsocketpool.retrying import retry
-from gsocketpool.stats import Holder, PoolStats
+from gsocketpool.stats import GroupStats, Holder, PoolStats
 
 __version__ = "1.0.0"
 
 __all__ = [
+    "BreakerOpenError",
+    "Budget",
     "Connection",
     "ConnectionNotFoundError",
     "EndOfStreamError",
+    "GroupStats",
     "Holder",
     "LimitExceededError",
     "Pool",
     "PoolClosedError",
     "PoolError",
     "PoolExhaustedError",
+    "PoolGroup",
     "PoolStats",
     "StreamConnection",
     "TcpConnection",

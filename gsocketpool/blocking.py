@@ -14,15 +14,18 @@ import copy
 import logging
 import random
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from time import monotonic
 from types import EllipsisType, TracebackType
 from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
 
 from gsocketpool.arguments import is_seconds, seconds, whole_number
+from gsocketpool.budget import Budget
 from gsocketpool.connection import Wrap
 from gsocketpool.core import (
+    BROKEN,
     BY_HAND,
     CLOSED,
     INSPECTED,
@@ -35,7 +38,13 @@ from gsocketpool.core import (
     Sentinel,
     new_place,
 )
-from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
+from gsocketpool.exceptions import (
+    BreakerOpenError,
+    ConnectionNotFoundError,
+    PoolClosedError,
+    PoolError,
+    PoolExhaustedError,
+)
 from gsocketpool.forking import kept, pools
 from gsocketpool.lifetime import Limits
 from gsocketpool.loans import Ledger, Loan
@@ -43,7 +52,7 @@ from gsocketpool.log import say
 from gsocketpool.operations import describe, operations_of
 from gsocketpool.settings import Settings
 from gsocketpool.stats import Holder, PoolStats
-from gsocketpool.upkeep import Upkeep, checks_always
+from gsocketpool.upkeep import Alone, Keeper, Upkeep, checks_always
 
 if sys.version_info >= (3, 11):
     from sys import exception
@@ -152,9 +161,9 @@ class BlockingPool(Core[C]):
     keepalive_grace: ClassVar[float] = 10.0
 
     __slots__ = (
-        "__weakref__",
         "_drains",
         "_factory",
+        "_failing_since",
         "_filling",
         "_given_up",
         "_ledger",
@@ -192,6 +201,8 @@ class BlockingPool(Core[C]):
         backoff: tuple[float, float] = (0.1, 30),
         leak_threshold: float | None = None,
         reclaim: bool = False,
+        budget: Budget | None = None,
+        breaker: int | None = None,
     ) -> None:
         if not callable(factory):
             raise TypeError(f"factory must be a Connection class or another callable, not {factory!r}")
@@ -218,6 +229,8 @@ class BlockingPool(Core[C]):
             backoff,
             leak_threshold,
             reclaim,
+            budget,
+            breaker,
         )
         records = reclaim or leak_threshold is not None
         super().__init__(
@@ -229,6 +242,8 @@ class BlockingPool(Core[C]):
             fifo=order == "fifo",
             always_cold=checks_always(settings),
             records=records,
+            budget=budget,
+            break_after=breaker,
         )
         self._settings = settings
         self._factory = factory
@@ -244,8 +259,10 @@ class BlockingPool(Core[C]):
         self._talking: set[object] = set()  # jobs of the pool's own that are opening, closing or asking a connection
         self._filling = initial_connections > 0  # the stock comes after them
 
+        self._failing_since = 0.0  # when the first of the last dials that failed in a row did, by the calendar
+
         self._settle_in()
-        self._upkeep = Upkeep(settings)
+        self._upkeep = Upkeep(settings, self._keeper())
         pools[id(self)] = self
         self._upkeep.begin(self)
         if initial_connections:
@@ -318,7 +335,7 @@ class BlockingPool(Core[C]):
             if type(outcome) is Place:
                 self._wake(outcome)
             elif outcome is RETIRED:
-                self._close_all([member], wait=False)
+                self._close_all([member])
 
     def connection(self, timeout: float | EllipsisType | None = ...) -> Lease[C]:
         """A context manager that borrows a connection and gives it back.
@@ -376,9 +393,7 @@ class BlockingPool(Core[C]):
         PyMongo calls what lies between two such calls a generation. It can be called inside a ``with`` block of the
         same pool.
         """
-        retired = self.retire_all()
-        self._start_dials()
-        self._close_all(retired, wait=True)
+        clear_all([self])
 
     def resize(self, max_connections: int) -> None:
         """Change `max_connections`. More serves whoever waits at once. Less closes idle connections, those that idled
@@ -387,7 +402,7 @@ class BlockingPool(Core[C]):
         :raises TypeError: it is no whole number.
         :raises ValueError: it is less than 1.
         """
-        self._close_all(self.set_cap(whole_number("max_connections", max_connections, least=1)), wait=False)
+        self._close_all(self.set_cap(whole_number("max_connections", max_connections, least=1)))
         self._start_dials()
         self._wake_ready()
         self._wake_unreserved()
@@ -452,12 +467,7 @@ class BlockingPool(Core[C]):
         """
         if timeout is not None:
             seconds("timeout", timeout, zero=True)
-        if timeout is None:
-            self._shut(wait=True)
-        else:
-            deadline = monotonic() + timeout
-            self._shut(wait=False)
-            self._drain(deadline)
+        close_all([self], timeout)
 
     @property
     def closed(self) -> bool:
@@ -478,6 +488,7 @@ class BlockingPool(Core[C]):
             open_failures=self._open_failures,
             exhausted=self._exhausted,
             closed=dict(self._closed_for),
+            breaker=("half-open" if self._trial else "open") if self._broken else "closed",
         )
 
     def __enter__(self: P) -> P:
@@ -491,7 +502,15 @@ class BlockingPool(Core[C]):
     def __del__(self) -> None:
         # Called by the collector, in any thread and in the middle of anything: nothing here may wait.
         if hasattr(self, "_upkeep") and not sys.is_finalizing():
-            self._shut(wait=False)
+            if self._budget is None:
+                self._shut()
+            else:  # in its own thread, as whatever touches the budget
+                self._spawn(self._vanish)
+
+    def _vanish(self) -> None:
+        self._shut()
+        self.give_up()
+        self._start_dials()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a pool cannot be copied or pickled: make another one")
@@ -556,8 +575,7 @@ class BlockingPool(Core[C]):
                 try:
                     if self._ledger is not None:
                         self._ledger.waiting.add(id(self._borrower()))
-                    if found.reserved:
-                        self._start_dials()
+                    self._start_dials()
                     self._wait_on(found, limit, lenient, started)
                 except BaseException:
                     self._leave(found)
@@ -582,6 +600,8 @@ class BlockingPool(Core[C]):
                 self._wake_unreserved()
             elif found is CLOSED:
                 raise PoolClosedError(f"{self._label} is closed")
+            elif found is BROKEN:
+                raise self._broken_error(started)
             else:
                 raise self._exhausted_error(started)
 
@@ -617,6 +637,8 @@ class BlockingPool(Core[C]):
         """It was told an error, or its time is over; unless it was granted something in that very moment."""
         if place.error is not None:
             error, place.error = place.error, None
+            if isinstance(error, BreakerOpenError):
+                error.waited = monotonic() - started
             try:
                 raise error
             finally:
@@ -665,7 +687,7 @@ class BlockingPool(Core[C]):
     def _reject(self, member: Member[C]) -> None:
         if member.holder is not None:
             self.reject(member)
-            self._close_all([member], wait=False)
+            self._close_all([member])
 
     def _not_ready_error(self, started: float) -> PoolExhaustedError:
         if self._paused:
@@ -698,6 +720,25 @@ class BlockingPool(Core[C]):
         text = "; ".join([*parts, advice])
         return PoolExhaustedError(text, stats=stats, waited=waited, last_error=self._last_error)
 
+    def _broken_error(self, started: float) -> BreakerOpenError:
+        self._exhausted += 1
+        failing, left = time.time() - self._failing_since, self._upkeep.rest_of_break()
+        when = f"in {left:.2f} s" if left else "now" if not self._dialling else "under way"
+        text = (
+            f"{self._label} dials no more for now: {self._strikes} dials in a row have failed, the first "
+            f"{failing:.1f} s ago, at {time.strftime('%H:%M:%S', time.localtime(self._failing_since))}, the last with "
+            f"{self._last_error!r}; the next try is {when} (breaker={self._break_after})"
+        )
+        return BreakerOpenError(
+            text,
+            stats=self.stats(),
+            waited=monotonic() - started,
+            last_error=self._last_error,
+            failures=self._strikes,
+            since=self._failing_since,
+            retry_after=left,
+        )
+
     def _who_holds(self) -> list[str]:
         members = self._members.values()
         found = []
@@ -720,6 +761,17 @@ class BlockingPool(Core[C]):
             )
         if self._dialling:
             return "give the dial longer (timeout=), or bound it (connect_timeout=)"
+        if self._broken:
+            left = self._upkeep.rest_of_break()
+            return (
+                f"{self._strikes} dials in a row have failed, so there is none for now, and the next in {left:.2f} s "
+                f"(breaker={self._break_after}): return connections sooner, or wait longer (timeout=)"
+            )
+        if self._budget is not None and not self._budget.has_one():
+            return (
+                f"its budget is used up ({self._budget.used} of {self._budget.max_total}): return connections sooner, "
+                "wait longer (timeout=), or raise max_total"
+            )
         if self.total < self._max_connections:
             return "there is room for more, but none was idle, and timeout=0 opens none"
         return "return connections sooner, wait longer (timeout=), or raise max_connections"
@@ -770,14 +822,14 @@ class BlockingPool(Core[C]):
         if member.holder is not None:
             self._end_loan(member)
             self.retire(member, reason)
-            self._close_all([member], wait=False)
+            self._close_all([member])
 
     def _settle(self, outcome: Place[C] | Sentinel | None, member: Member[C]) -> None:
         """Carry out what `give` or `inspected` answered."""
         if type(outcome) is Place:
             self._wake(outcome)
         elif outcome is RETIRED:
-            self._close_all([member], wait=False)
+            self._close_all([member])
 
     def _end_loan(self, member: Member[C]) -> None:
         if self._ledger is not None:
@@ -796,6 +848,20 @@ class BlockingPool(Core[C]):
     # Dials
 
     def _start_dials(self) -> None:
+        self._dial_as_permitted()
+        if self._broken:
+            for place in self.hopeless():
+                place.error = self._broken_error(monotonic())
+                self._wake(place)
+        if self._budget is not None:
+            budget: Any = self._budget  # all its pools are of this runtime
+            while (pool := budget.next_to_dial()) is not None:
+                pool._dial_as_permitted()
+            while (found := budget.next_to_close()) is not None:
+                pool, member = found
+                pool._close_all([member])
+
+    def _dial_as_permitted(self) -> None:
         while (place := self.permit()) is not None:
             try:
                 self._spawn(self._dial, place, False, self._epoch)
@@ -846,8 +912,15 @@ class BlockingPool(Core[C]):
             del problem  # it refers to this frame
 
     def _failed(self, place: Place[C] | None, problem: BaseException, spare: bool) -> None:
+        if not self._strikes:
+            self._failing_since = time.time()
         waiter = self.failed(place, problem, spare, without_traceback(problem))
         self._wake_unreserved()
+        if self._broken and not self._closed:
+            pause = self._upkeep.pause_dials(self, self._strikes)
+            if pause is not None:
+                text = f"{self._strikes} dials in a row have failed; the next one in {pause:.2f} s"
+                self._report(text, problem, trace=False)
         if spare and not self._closed:
             known = self._upkeep.resting
             pause = self._upkeep.rest(self, self._setbacks)
@@ -868,11 +941,10 @@ class BlockingPool(Core[C]):
         outcome = self.opened(connection, generation, retire_at, look_at)
         member = self._members.get(id(connection))
         if outcome is RETIRED:
-            self._close_all([each for each in self._unclosed if each.connection is connection], wait=False)
+            self._close_all([each for each in self._unclosed if each.connection is connection])
         elif member is not None:
             self._settle(outcome, member)
-        self._upkeep.refreshed()
-        self._upkeep.hurry(self, look_at)
+        self._upkeep.opened(self, look_at)
         self._wake_unreserved()
         self._wake_ready()
 
@@ -907,12 +979,15 @@ class BlockingPool(Core[C]):
     def _fill(self, count: int) -> None:
         """Open the initial connections side by side, as many at once as may be."""
         tally: _Tally[C] = _Tally(count)
+        began = monotonic()
 
         def work() -> None:
             while tally.unstarted and tally.error is None and self.permit_unasked():
                 tally.unstarted -= 1
                 tally.error = self._dial(None, False, self._epoch) or tally.error
                 tally.left -= 1
+            if tally.unstarted == tally.left and tally.error is None and tally.left:  # no permit, and nothing runs
+                tally.error = self._exhausted_error(began, f"{tally.left} of {count} initial connections missing")
             if tally.error is not None or not tally.left:
                 self._wake(tally.place)
 
@@ -925,29 +1000,27 @@ class BlockingPool(Core[C]):
 
     # Closing
 
-    def _shut(self, wait: bool) -> None:
+    def _shut(self) -> _Tally[C]:
+        """Answers the closing of what idled."""
         if self._closed:
-            return
+            return _Tally(0)
         idle, places = self.shut()
         for place in places:
             self._tell_closed(place)
         self._wake_ready()
-        self._rouse(self._upkeep.alarm)
-        self._close_all(idle, wait)
+        self._upkeep.end(self)
+        return self._close_all(idle)
 
     def _tell_closed(self, place: Place[C]) -> None:
         place.error = PoolClosedError(f"{self._label} was closed while this borrower waited")
         self._wake(place)
 
-    def _drain(self, deadline: float) -> None:
+    def _drain(self, deadline: float, closes_only: bool = False) -> None:
+        """Stand still until there is no connection left, or none that is being closed, or it is that late."""
         place: Place[C] = new_place()
         self._drains.append(place)
         try:
-            while self.total and (left := deadline - monotonic()) > 0:
-                self._park(place, left)
-            self._take_all()
-            deadline = max(deadline, monotonic()) + LAST_MOMENT
-            while self._closing and (left := deadline - monotonic()) > 0:
+            while (self._closing if closes_only else self.total) and (left := deadline - monotonic()) > 0:
                 self._park(place, left)
         finally:
             self._drains.remove(place)
@@ -963,23 +1036,28 @@ class BlockingPool(Core[C]):
             granted_to = self.retire(member, "closed")
             if granted_to is not None:
                 self._tell_closed(granted_to)
-        self._close_all(kept, wait=False)
+        self._close_all(kept)
 
     def _close_late(self) -> None:
         """Close what was retired and nobody closes."""
-        self._close_all(list(self._unclosed), wait=False)
+        self._close_all(list(self._unclosed))
 
     def _wake_drains(self) -> None:
         if not self.total or not self._closing:
             for place in self._drains:
                 self._wake(place)
 
-    def _close_all(self, members: list[Member[C]], wait: bool) -> None:
+    def _close_all(self, members: list[Member[C]], wait: bool = False) -> _Tally[C]:
         """Close them side by side, each in a greenlet of its own: their slots are free when that is done."""
         tally: _Tally[C] = _Tally(len(members))
         for member in members:
             self._spawn(self._close_one, member, tally, self._epoch)
-        while wait and tally.left:
+        if wait:
+            self._wait_for(tally)
+        return tally
+
+    def _wait_for(self, tally: _Tally[C]) -> None:
+        while tally.left:
             self._park(tally.place, None)
 
     def _close_one(self, member: Member[C], tally: _Tally[C], epoch: int) -> None:
@@ -1036,6 +1114,10 @@ class BlockingPool(Core[C]):
 
     def _report(self, what: str, error: BaseException, trace: bool = True) -> None:
         say(logging.WARNING, "%s: %s: %r", self._label, what, error, error=error if trace else None)
+
+    def _keeper(self) -> Keeper:
+        """Who calls `Upkeep.tend` when it is time."""
+        return Alone()
 
     # What a runtime supplies
 
@@ -1126,3 +1208,28 @@ def _name_of(factory: object) -> str:
     if isinstance(factory, Wrap):
         factory = factory.open
     return str(getattr(factory, "__name__", None) or type(factory).__name__)
+
+
+def clear_all(pools: Sequence[BlockingPool[Any]]) -> None:
+    """Clear them side by side."""
+    tallies = [pool._close_all(pool.retire_all()) for pool in pools]
+    for pool, tally in zip(pools, tallies, strict=True):
+        pool._start_dials()
+        pool._wait_for(tally)
+
+
+def close_all(pools: Sequence[BlockingPool[Any]], timeout: float | None) -> None:
+    """Close them side by side."""
+    deadline = monotonic() + (timeout or 0.0)
+    tallies = [pool._shut() for pool in pools]
+    if timeout is None:
+        for pool, tally in zip(pools, tallies, strict=True):
+            pool._wait_for(tally)
+        return
+    for pool in pools:
+        pool._drain(deadline)
+    for pool in pools:
+        pool._take_all()
+    deadline = max(deadline, monotonic()) + LAST_MOMENT
+    for pool in pools:
+        pool._drain(deadline, closes_only=True)

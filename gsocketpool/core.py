@@ -23,19 +23,45 @@ What holds between any two calls (`Core.faults` says which of these is broken; t
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
+from gsocketpool.budget import NO_TURN, Budget
 from gsocketpool.lifetime import NEVER, NO_LIMITS, Limits
 
-__all__ = ["BY_HAND", "CLOSED", "EXHAUSTED", "INSPECTED", "REASONS", "RETIRED", "RETURNING", "Core", "Member", "Place"]
+__all__ = [
+    "BROKEN",
+    "BY_HAND",
+    "CLOSED",
+    "EXHAUSTED",
+    "INSPECTED",
+    "REASONS",
+    "RETIRED",
+    "RETURNING",
+    "Core",
+    "Member",
+    "Place",
+]
 
 C = TypeVar("C")
 
 #: Why a connection was closed, in the order in which `stats` lists them.
-REASONS: Final = ("expired", "idle", "stale", "discarded", "dropped", "cleared", "shrunk", "reclaimed", "closed")
+REASONS: Final = (
+    "expired",
+    "idle",
+    "stale",
+    "discarded",
+    "dropped",
+    "cleared",
+    "shrunk",
+    "evicted",
+    "reclaimed",
+    "closed",
+)
 
 
 class Sentinel:
@@ -53,6 +79,7 @@ class Sentinel:
 # What `take`, `give` and `opened` may answer instead of a member or a place.
 CLOSED: Final = Sentinel("closed")
 EXHAUSTED: Final = Sentinel("exhausted")
+BROKEN: Final = Sentinel("broken")
 RETIRED: Final = Sentinel("retired")
 
 # Who holds a member, where it is neither a lease nor a place: `Member.holder`.
@@ -68,8 +95,8 @@ class Member(Generic[C]):
     `BY_HAND`, `RETURNING` or `INSPECTED`. `cold` says that nobody has touched it for a while: since the time `since`,
     if it idles. `fate` is the reason for which it will be closed when it comes back, `retire_at` the time of its end,
     `proven` the time when it last answered a keepalive, `stirs` how often the peer said something since then or since
-    it was touched. `loan` and `watch` are the driver's: what it has noted of the
-    borrower, and whatever tells it that the peer hung up.
+    it was touched; `idles` is a budget's, and grows in the order in which connections came to idle. `loan` and `watch`
+    are the driver's: what it has noted of the borrower, and whatever tells it that the peer hung up.
     """
 
     __slots__ = (
@@ -77,6 +104,7 @@ class Member(Generic[C]):
         "connection",
         "fate",
         "holder",
+        "idles",
         "loan",
         "proven",
         "retire_at",
@@ -96,6 +124,7 @@ class Member(Generic[C]):
         self.since = 0.0
         self.proven = 0.0
         self.stirs = 0
+        self.idles = 0
         self.loan: Any = None
         self.watch: Any = None
 
@@ -214,10 +243,15 @@ class Core(Generic[C]):
 
     # So many attributes that without slots CPython would no longer look them up at a fixed offset.
     __slots__ = (
+        "__weakref__",
         "_agenda",
         "_always_cold",
+        "_break_after",
         "_brimful",
+        "_broken",
+        "_budget",
         "_ceiling",
+        "_claim",
         "_claimed",
         "_closed",
         "_closed_for",
@@ -232,6 +266,7 @@ class Core(Generic[C]):
         "_exhausted",
         "_fifo",
         "_generation",
+        "_idler",
         "_lane_in",
         "_lane_out",
         "_last_error",
@@ -248,12 +283,15 @@ class Core(Generic[C]):
         "_paused",
         "_plain",
         "_records",
+        "_ref",
         "_resets",
         "_resting",
         "_retired_uses",
         "_setbacks",
         "_stern",
+        "_strikes",
         "_tickets",
+        "_trial",
         "_turn",
         "_unclosed",
         "_undialled",
@@ -273,6 +311,8 @@ class Core(Generic[C]):
         fifo: bool = False,
         always_cold: bool = False,
         records: bool = False,
+        budget: Budget | None = None,
+        break_after: int | None = None,
     ) -> None:
         self._max_connections = max_connections
         self._max_connecting = max_connecting
@@ -282,6 +322,11 @@ class Core(Generic[C]):
         self._fifo = fifo
         self._always_cold = always_cold
         self._records = records
+        self._break_after = break_after
+        self._budget = budget
+        self._claim: int | None = None  # the budget's: since which turn somebody waits for a unit
+        self._idler: int | None = None  # the budget's: since when something idles
+        self._ref = weakref.ref(self)
 
         self._members: dict[int, Member[C]] = {}  # by identity: user classes may define __eq__ or __hash__ as they like
         self._warm: deque[Member[C]] = deque()
@@ -311,6 +356,10 @@ class Core(Generic[C]):
         self._turn = 0  # the last one that was given
         self._early = -(2**60)  # likewise, to those who come before all these
         self._setbacks = 0
+        # The breaker: after so many failed dials in a row nothing is dialled, but for one trial now and then.
+        self._strikes = 0
+        self._broken = False
+        self._trial = False
         self._generation = 0
         self._epoch = 0
 
@@ -321,6 +370,8 @@ class Core(Generic[C]):
         self._closed_for: dict[str, int] = dict.fromkeys(REASONS, 0)
         self._last_error: BaseException | None = None
 
+        if budget is not None:
+            budget.join(self)
         self._set_lanes()
 
     # The fast lanes. A driver's acquire may pop `_lane_out` and note what it lends as `_latest`; its release may append
@@ -335,13 +386,14 @@ class Core(Generic[C]):
         crowded = len(self._members) > self._max_connections
         self._plain = not self._resets and not self._records
         # Whether what comes back may have to go: `give` looks closer.
-        self._stern = bool(self._closed or self._doomed or crowded or self._limits.max_uses is not None)
+        looks = self._limits.max_uses is not None or self._budget is not None
+        self._stern = bool(self._closed or self._doomed or crowded or looks)
         shut = not self._plain or self._stern or self._always_cold
         self._lane_out: deque[Member[C]] = deque() if shut or self._fifo or self._paused else self._warm
         self._lane_in = not (shut or self._dialled or self._undialled)
         if not self._lane_in:
             self._latest = NOBODY
-        self._brimful = self._max_waiting is None and full and not self._records
+        self._brimful = self._max_waiting is None and full and not self._records and self._budget is None
 
     def expect_resets(self) -> None:
         """From now on every release passes through `give`."""
@@ -352,7 +404,8 @@ class Core(Generic[C]):
     # Borrowing
 
     def take(self, wait: bool) -> Member[C] | Place[C] | Sentinel:
-        """An idle member; else a place in the queue; `CLOSED`; or `EXHAUSTED` where it may not wait."""
+        """An idle member; else a place in the queue; `CLOSED`; `BROKEN` where it would be in vain to wait; or
+        `EXHAUSTED` where it may not."""
         queue = self._undialled
         if queue and self._brimful and wait:
             place: Place[C] = Place()
@@ -369,15 +422,23 @@ class Core(Generic[C]):
             return member
         if self._closed:
             return CLOSED
+        if self._broken and not (self._members or self._paused or self._may_dial()):
+            return BROKEN
         if not wait:
             return EXHAUSTED
         # With the slots that are being emptied.
-        room = 0 if self._paused else self._max_connections - len(self._members) - self._dialling
+        room = self._max_connections - len(self._members) - self._dialling
+        if self._paused or self._broken or (self._budget is not None and not self._budget.has_one()):
+            room = 0
         reserved = queue.length < room
         if self._max_waiting is not None and not reserved and queue.length - max(0, room) >= self._max_waiting:
             return EXHAUSTED
-        place = new_place(reserved)
-        place.turn = self._turn = self._turn + 1
+        if self._budget is None:
+            place = new_place(reserved)
+            place.turn = self._turn = self._turn + 1
+        else:
+            place = new_place()  # the budget has a unit for it only when it says so
+            place.turn = self._budget.next_turn()
         queue.join(place)
         self._set_lanes()
         return place
@@ -393,7 +454,7 @@ class Core(Generic[C]):
             return EXHAUSTED
         place = new_place(not self._paused and self._has_room())
         if not turn:
-            turn = self._early = self._early + 1
+            turn = self._early = self._early + 1 if self._budget is None else self._budget.early_turn()
         place.turn = turn
         self._requeue(place)
         return place
@@ -414,6 +475,8 @@ class Core(Generic[C]):
                 member.cold = self._always_cold
                 self._warm.append(member)
             member.holder = None
+            if self._budget is not None:
+                self._budget.rests(self, member)
             return None
         place = queue.popleft()
         place.queue = None
@@ -436,6 +499,10 @@ class Core(Generic[C]):
             return "expired"
         if len(self._members) > self._max_connections:
             return "shrunk"
+        if self._budget is not None:
+            queue = self._dialled or self._undialled
+            if self._budget.must_go(queue[0].turn if queue and not self._paused else NO_TURN):
+                return "evicted"
         return None
 
     def abandon(self, place: Place[C]) -> Member[C] | None:
@@ -457,7 +524,9 @@ class Core(Generic[C]):
 
     def permit(self) -> Place[C] | None:
         """A permit to dial for the first waiter who has none, if there is room for one more."""
-        if not self._undialled or self._paused or not self._may_dial():
+        if self.first_claim() is None:
+            return None
+        if self._budget is not None and not self._budget.grants(self, self._undialled[0].turn):
             return None
         place = self._undialled.first()
         place.reserved = True
@@ -467,7 +536,7 @@ class Core(Generic[C]):
 
     def permit_unasked(self) -> bool:
         """A permit to dial though nobody waits for it."""
-        if self._closed or not self._may_dial():
+        if self._closed or not self._may_dial() or (self._budget is not None and not self._budget.spares()):
             return False
         self._dialling += 1
         return True
@@ -505,7 +574,8 @@ class Core(Generic[C]):
         self._opened += 1
         self._last_error = None
         self._resting = False
-        self._setbacks = 0
+        self._setbacks = self._strikes = 0
+        self._broken = self._trial = False
         member = self._members[id(connection)] = Member(connection, retire_at)
         member.holder = BY_HAND
         if look_at != NEVER:
@@ -531,8 +601,17 @@ class Core(Generic[C]):
         :param kept: what is remembered as the last error, if that is not the error itself.
         """
         self._dialling -= 1
+        if self._budget is not None:
+            self._budget.takes_back(closed=False)
         self._open_failures += 1
         self._last_error = kept or error
+        self._strikes += 1
+        if self._break_after is not None and self._strikes >= self._break_after:
+            self._broken = True
+            self._trial = False
+            for each in self._undialled:
+                each.reserved = False
+            self._unsettled = True
         if spare and not self._resting:
             self._resting = True
             self._setbacks += 1
@@ -548,6 +627,21 @@ class Core(Generic[C]):
     def rested(self) -> None:
         """The stock may be dialled for again."""
         self._resting = False
+
+    def half_open(self) -> None:
+        """The breaker lets one dial pass. If it succeeds, it lets all pass again."""
+        self._trial = self._broken
+
+    def hopeless(self) -> list[Place[C]]:
+        """Who waits in vain: the breaker lets nothing pass, and there is nothing that could come back. They leave the
+        queue, and must be told."""
+        if not self._broken or self._members or self._dialling or self._paused or self._may_dial():
+            return []
+        places = [*self._dialled, *self._undialled]
+        self._dialled.clear()
+        self._undialled.clear()
+        self._set_lanes()
+        return places
 
     # Retiring
 
@@ -585,6 +679,8 @@ class Core(Generic[C]):
         self._unclosed[member] = None
         member.holder = None
         self._closing += 1
+        if self._budget is not None:
+            self._budget.closes()
         self._closed_for[reason] += 1
         self._retired_uses += member.uses
         self._due.pop(member, None)
@@ -605,6 +701,8 @@ class Core(Generic[C]):
         """Its socket is closed: the slot is free."""
         del self._claimed[id(connection)]
         self._closing -= 1
+        if self._budget is not None:
+            self._budget.takes_back(closed=True)
         self._lower_ceiling()
 
     def shut(self) -> tuple[list[Member[C]], list[Place[C]]]:
@@ -628,6 +726,7 @@ class Core(Generic[C]):
         """Retire all that was opened, or is being opened: what idles now, the rest as it comes back. Answers what must
         be closed."""
         self._generation += 1
+        self.half_open()
         retired = self._retire_idle(self.idle, "cleared")
         granted: list[tuple[int, int, Member[C]]] = []
         for member in self._members.values():
@@ -680,6 +779,8 @@ class Core(Generic[C]):
         forgotten = [*self._claimed.values(), *(member.connection for member in members)]
         granted = [member.holder for member in members if isinstance(member.holder, Place)]
         queue = sorted([*granted, *self._dialled, *self._undialled], key=lambda place: place.turn)
+        if self._budget is not None:
+            self._budget.forgets(self.total, self._closing)
         for member in members:
             self._retired_uses += member.uses - isinstance(member.holder, Place)
             member.holder = member.fate = None
@@ -699,11 +800,17 @@ class Core(Generic[C]):
                 self._undialled.join(place)
         self._dialling = self._closing = self._doomed = 0
         self._ceiling = self._max_connections
-        self._resting = False
+        self._resting = self._broken = self._trial = False
+        self._strikes = 0
         self._latest = NOBODY
         self._epoch += 1
         self._set_lanes()
         return forgotten, queue if self._closed else []
+
+    def give_up(self) -> None:
+        """Nobody can give back what is lent, since nobody knows this pool any more."""
+        if self._budget is not None:
+            self._budget.forgets(self.in_use, 0)
 
     def _retire_idle(self, count: int, reason: str) -> list[Member[C]]:
         """What has idled longest first."""
@@ -788,6 +895,8 @@ class Core(Generic[C]):
         self._cold[member] = None
         if first:
             self._cold.move_to_end(member, last=False)
+        if self._budget is not None:
+            self._budget.has_idle(self, member)
         return None
 
     # What expires. Each member that can is on the agenda once: when its next deadline is due, it is looked at, and not
@@ -885,11 +994,30 @@ class Core(Generic[C]):
         self._unsettled = False
         return [place for place in self._undialled if not place.reserved]
 
+    # What a budget asks.
+
+    def first_claim(self) -> int | None:
+        """The turn of the first waiter who could be dialled for now; None if there is none."""
+        return self._undialled[0].turn if self._undialled and not self._paused and self._may_dial() else None
+
+    def claimants(self, turn: int, most: int) -> int:
+        """How many waiters who came before that turn could be dialled for now; counted up to `most`."""
+        if self.first_claim() is None:
+            return 0
+        most = min(most, self._max_connecting - self._dialling, self._max_connections - self.total)
+        return sum(place.turn < turn for place in islice(self._undialled, most))
+
+    def longest_idle(self) -> Member[C] | None:
+        """What has idled longest."""
+        return next(iter(self._cold), None) or (self._warm[0] if self._warm else None)
+
     def _has_room(self) -> bool:
-        """Whether there is a slot for one more, one that is being emptied included."""
-        return len(self._members) + self._dialling < self._max_connections
+        """Whether there is a slot for one more, one that is being emptied included, and it is this pool's to say."""
+        return self._budget is None and not self._broken and len(self._members) + self._dialling < self._max_connections
 
     def _may_dial(self) -> bool:
+        if self._broken and (self._dialling or not self._trial):
+            return False
         return self._dialling < self._max_connecting and self.total < self._max_connections
 
     # Figures
@@ -919,6 +1047,12 @@ class Core(Generic[C]):
         """Borrowers in the queue."""
         return self._dialled.length + self._undialled.length
 
+    def is_empty(self) -> bool:
+        """Whether there is nothing to look after: no connection, no waiter, none wanted, and the breaker does not wait
+        for its time."""
+        waits = self._broken and not self._trial
+        return not (self.total or self.waiting or self._min_idle or waits or self._resting)
+
     def faults(self) -> list[str]:
         """Which invariants are broken: none, ever. For tests and for who debugs a driver."""
         members = self._members.values()
@@ -930,6 +1064,7 @@ class Core(Generic[C]):
             "somebody waits without a dial that could run": not self._undialled
             or self._closed
             or self._paused
+            or self._budget is not None
             or not self._may_dial(),
             "more connections than max_connections": self.total <= self._ceiling,
             "doomed members are miscounted": self._doomed == sum(member.fate is not None for member in members),
@@ -954,6 +1089,8 @@ class Core(Generic[C]):
             "the lane for loans is open though there is more to decide": self._lane_out is not self._warm
             or not (self._paused or self._fifo or self._stern or self._always_cold or not self._plain),
             "the ceiling is below max_connections": self._ceiling >= self._max_connections,
+            "broken, and all wait in vain": not (self._broken and (self._dialled or self._undialled))
+            or bool(self._members or self._dialling or self._paused or self._may_dial()),
             "less than nothing is being closed": self._closing >= 0,
             "the latest is no member": self._latest is NOBODY or self._latest in members,
             "the latest could be released though there is more to decide": lanes or self._latest is NOBODY,

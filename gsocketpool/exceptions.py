@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gsocketpool.stats import PoolStats
 
-__all__ = ["ConnectionNotFoundError", "PoolClosedError", "PoolError", "PoolExhaustedError"]
+__all__ = ["BreakerOpenError", "ConnectionNotFoundError", "PoolClosedError", "PoolError", "PoolExhaustedError"]
 
 
 class PoolError(Exception):
@@ -33,6 +33,21 @@ class PoolExhaustedError(PoolError):
         self.stats = stats
         self.waited = waited
         self.last_error = last_error
+
+
+class BreakerOpenError(PoolExhaustedError):
+    """Nothing could be lent, and nothing is dialled for now, since too many dials in a row have failed: see `breaker`.
+
+    :ivar failures: how many.
+    :ivar since: when the first of them failed, in seconds since the epoch, as `time.time` has it.
+    :ivar retry_after: seconds until the next dial may be tried.
+    """
+
+    def __init__(self, *args: object, failures: int = 0, since: float = 0.0, retry_after: float = 0.0, **more: Any):
+        super().__init__(*args, **more)
+        self.failures = failures
+        self.since = since
+        self.retry_after = retry_after
 
 
 class PoolClosedError(PoolError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final
 
-__all__ = ["NEVER", "NO_LIMITS", "Limits", "full_jitter"]
+__all__ = ["NEVER", "NO_LIMITS", "Limits", "equal_jitter", "full_jitter"]
 
 NEVER: Final = inf
 
@@ -65,3 +65,12 @@ def full_jitter(setbacks: int, first: float, longest: float, random: Callable[[]
     """
     doublings = min(setbacks - 1, 64)
     return min(longest, first * 2.0**doublings) * random()
+
+
+def equal_jitter(setbacks: int, first: float, longest: float, random: Callable[[], float]) -> float:
+    """The same, but at least half of the bound ("equal jitter" in the same article)."""
+    return full_jitter(setbacks, first / 2, longest / 2, random) + full_jitter(setbacks, first / 2, longest / 2, _one)
+
+
+def _one() -> float:
+    return 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gsocketpool.arguments import seconds, share, two_delays, whole_number
+from gsocketpool.budget import Budget
 
 __all__ = ["Settings"]
 
@@ -37,6 +38,8 @@ class Settings:
     backoff: tuple[float, float] = (0.1, 30)
     leak_threshold: float | None = None
     reclaim: bool = False
+    budget: Budget | None = None
+    breaker: int | None = None
 
     def __post_init__(self) -> None:
         for flag in ("reap_expired_connections", "reclaim"):
@@ -50,8 +53,9 @@ class Settings:
         whole_number("max_connecting", self.max_connecting, least=1)
         if self.max_waiting is not None:
             whole_number("max_waiting", self.max_waiting)
-        if self.max_uses is not None:
-            whole_number("max_uses", self.max_uses, least=1)
+        for limit in ("max_uses", "breaker"):
+            if getattr(self, limit) is not None:
+                whole_number(limit, getattr(self, limit), least=1)
         seconds("reap_interval", self.reap_interval, zero=False)
         for time in ("acquire_timeout", "check_after_idle"):
             if getattr(self, time) is not None:
@@ -63,6 +67,8 @@ class Settings:
         two_delays("backoff", self.backoff)
         if self.name is not None and not isinstance(self.name, str):
             raise TypeError(f"name must be a string or None, not {self.name!r}")
+        if not isinstance(self.budget, Budget | None):
+            raise TypeError(f"budget must be a Budget or None, not {self.budget!r}")
         for kind in self.discard_on if isinstance(self.discard_on, tuple) else (self.discard_on,):
             if not (isinstance(kind, type) and issubclass(kind, BaseException)):
                 raise TypeError(f"discard_on must be an exception class or a tuple of them, not {self.discard_on!r}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Holder", "PoolStats"]
+__all__ = ["GroupStats", "Holder", "PoolStats"]
 
 C = TypeVar("C")
 
@@ -45,7 +45,10 @@ class PoolStats:
     :ivar closed: how many connections were closed, by reason: ``expired`` (``max_lifetime``, ``max_uses`` or
         ``is_expired()``), ``idle`` (``idle_timeout``), ``stale`` (failed its check or its keepalive), ``discarded``
         (its borrower was interrupted or failed, or its reset did), ``dropped`` (by hand), ``cleared``, ``shrunk``
-        (``resize()``), ``reclaimed`` (from a greenlet that ended), ``closed`` (the pool was).
+        (``resize()``), ``evicted`` (to make room under a :class:`~gsocketpool.Budget`), ``reclaimed`` (from a greenlet
+        that ended), ``closed`` (the pool was).
+    :ivar breaker: ``closed`` as long as dials pass, ``open`` while none does, ``half-open`` when the next one is a
+        trial.
     """
 
     size: int
@@ -59,3 +62,42 @@ class PoolStats:
     open_failures: int
     exhausted: int
     closed: Mapping[str, int]
+    breaker: str = "closed"
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """One look at a group.
+
+    :ivar endpoints: the :class:`PoolStats` of each pool that there is now, by what the endpoint is known by: the answer
+        of ``key``, or a frozen set of the options.
+    :ivar max_total: the cap on all their sockets, None if there is none.
+    """
+
+    endpoints: Mapping[Hashable, PoolStats]
+    max_total: int | None
+
+    @property
+    def size(self) -> int:
+        """Connections in all pools."""
+        return self.idle + self.in_use
+
+    @property
+    def idle(self) -> int:
+        """Connections that nobody uses."""
+        return sum(stats.idle for stats in self.endpoints.values())
+
+    @property
+    def in_use(self) -> int:
+        """Connections that are lent."""
+        return sum(stats.in_use for stats in self.endpoints.values())
+
+    @property
+    def opening(self) -> int:
+        """Dials under way."""
+        return sum(stats.opening for stats in self.endpoints.values())
+
+    @property
+    def waiting(self) -> int:
+        """Borrowers that wait for a connection."""
+        return sum(stats.waiting for stats in self.endpoints.values())

@@ -6,11 +6,12 @@ import logging
 import random
 import weakref
 from collections.abc import Callable
+from heapq import heappop, heappush
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from gsocketpool.core import INSPECTED, Member, Place, new_place
-from gsocketpool.lifetime import NEVER, full_jitter
+from gsocketpool.lifetime import NEVER, equal_jitter, full_jitter
 from gsocketpool.log import say
 from gsocketpool.operations import descriptor_of
 from gsocketpool.settings import Settings
@@ -18,7 +19,7 @@ from gsocketpool.settings import Settings
 if TYPE_CHECKING:
     from gsocketpool.blocking import BlockingPool
 
-__all__ = ["Upkeep", "keep_up", "stirs"]
+__all__ = ["Alone", "Keeper", "Rounds", "Upkeep", "stirs"]
 
 #: Below this many seconds, `check_after_idle` checks each time: so fine a tick would cost more than the checks.
 FINEST_TICK: Final = 0.02
@@ -32,28 +33,34 @@ MOST_STIRS: Final = 3
 
 
 class Upkeep:
-    """When a pool must be tended, and how."""
+    """What must be done for a pool, and when."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, keeper: Keeper) -> None:
         self._settings = settings
+        self._keeper = keeper
         self._tick = tick_for(settings)
         self._reap_every = settings.reap_interval if settings.reap_expired_connections else NEVER
         self._next_tick = self._next_reap = 0.0
         self._rest_until = NEVER
-        self._wakes_at = 0.0
+        self._trial_at = NEVER
+        self.wakes_at = 0.0
         self._proving = 0
         self._reaping = False
         self._unclosed: list[Member[Any]] = []
-        self.alarm: Place[Any] = new_place()
 
     def begin(self, pool: BlockingPool[Any]) -> None:
         """Tend the pool from now on, if there is anything to do for it."""
-        if min(self._tick, self._reap_every) < NEVER or self._settings.max_lifetime is not None:
+        wished = self._settings.max_lifetime is not None or self._settings.breaker is not None
+        if wished or min(self._tick, self._reap_every) < NEVER:
             now = monotonic()
             pool.cool(now)
             self._next_tick = now + self._tick
             self._next_reap = now + self._reap_every
-            pool._spawn(keep_up, weakref.ref(pool), self.alarm, pool._doze)
+            self._keeper.keep(pool)
+
+    def end(self, pool: BlockingPool[Any]) -> None:
+        """The pool is closed."""
+        self._keeper.let_go(pool)
 
     def tend(self, pool: BlockingPool[Any]) -> float:
         """Do what is due. Answers for how many seconds there is nothing."""
@@ -61,7 +68,7 @@ class Upkeep:
         if now >= self._next_tick:
             self._next_tick = now + self._tick
             self.look_at(pool, pool.cool(now))
-        pool._close_all(pool.audit(now), wait=False)
+        pool._close_all(pool.audit(now))
         if pool._unclosed and not pool._unclosed.keys().isdisjoint(self._unclosed):
             pool._close_late()  # whoever was to close it could not begin: too deep a recursion, say
         self._unclosed = list(pool._unclosed)
@@ -72,19 +79,24 @@ class Upkeep:
                 self._reaping = True
                 pool._spawn(self._reap, pool)
         if now >= self._rest_until:
-            self.refreshed()
+            self._rest_until = NEVER
             pool.rested()
+        if now >= self._trial_at:
+            self._trial_at = NEVER
+            pool.half_open()
         if pool._ledger is not None:
             pool._ledger.report(pool, now)
         pool._start_dials()
-        self._wakes_at = min(self._next_tick, self._next_reap, self._rest_until, pool.next_audit())
-        return max(0.0, self._wakes_at - monotonic())
+        self.wakes_at = NEVER  # where there is nothing to tend, until something is opened
+        if not pool.is_empty():
+            self.wakes_at = min(self._next_tick, self._next_reap, self._rest_until, self._trial_at, pool.next_audit())
+        return max(0.0, self.wakes_at - monotonic())
 
     def hurry(self, pool: BlockingPool[Any], when: float) -> None:
         """Something is due then, which may be sooner than all that was known when the upkeep went to sleep."""
-        if when < self._wakes_at:
-            self._wakes_at = when
-            pool._wake(self.alarm)
+        if when < self.wakes_at:
+            self.wakes_at = when
+            self._keeper.hurry(pool)
 
     def rest(self, pool: BlockingPool[Any], setbacks: int) -> float:
         """The stock cannot be dialled for. Answers in how many seconds it will be tried again."""
@@ -99,9 +111,23 @@ class Upkeep:
         """Whether the stock is not dialled for, since that failed."""
         return self._rest_until < NEVER
 
-    def refreshed(self) -> None:
-        """It can be, or it is time to try."""
-        self._rest_until = NEVER
+    def opened(self, pool: BlockingPool[Any], look_at: float) -> None:
+        """A dial has succeeded; what it opened must be looked at then."""
+        self._rest_until = self._trial_at = NEVER
+        self.hurry(pool, min(look_at, self._next_tick, self._next_reap))
+
+    def pause_dials(self, pool: BlockingPool[Any], failures: int) -> float | None:
+        """The breaker has opened. Answers for how many seconds; None if that was known."""
+        if self._trial_at < NEVER:
+            return None
+        pause = equal_jitter(failures, *self._settings.backoff, random.random)
+        self._trial_at = monotonic() + pause
+        self.hurry(pool, self._trial_at)
+        return pause
+
+    def rest_of_break(self) -> float:
+        """Seconds until the breaker lets a dial pass."""
+        return max(0.0, self._trial_at - monotonic()) if self._trial_at < NEVER else 0.0
 
     def _reap(self, pool: BlockingPool[Any]) -> None:
         try:
@@ -188,20 +214,113 @@ def checks_always(settings: Settings) -> bool:
     return settings.check_after_idle is not None and settings.check_after_idle < FINEST_TICK
 
 
-def keep_up(ref: weakref.ref[BlockingPool[Any]], alarm: Place[Any], doze: Callable[[Place[Any], float], None]) -> None:
-    """Tend a pool for as long as somebody refers to it."""
-    while (pool := ref()) is not None and not pool.closed:
-        pause = COARSEST_TICK
-        try:
-            pause = pool._upkeep.tend(pool)
-        except (KeyboardInterrupt, SystemExit):
+def tend(pool: BlockingPool[Any]) -> float:
+    """As the pool's upkeep does; what goes wrong is said, and tried again a little later."""
+    try:
+        return pool._upkeep.tend(pool)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        if not pool._may_raise(error):
             raise
-        except BaseException as error:
-            if not pool._may_raise(error):
-                raise
-            pool._report("upkeep failed", error)
-        del pool
-        doze(alarm, pause)
+        pool._report("upkeep failed", error)
+        return COARSEST_TICK
+
+
+class Keeper:
+    """Who tends pools when it is time. It holds them by weak references, and is called by them."""
+
+    def keep(self, pool: BlockingPool[Any]) -> None:
+        """Tend this pool from now on."""
+        raise NotImplementedError
+
+    def hurry(self, pool: BlockingPool[Any]) -> None:
+        """It must be tended sooner than it has said: at `wakes_at`."""
+        raise NotImplementedError
+
+    def let_go(self, pool: BlockingPool[Any]) -> None:
+        """It is closed. May be called in any thread."""
+        raise NotImplementedError
+
+
+class Alone(Keeper):
+    """Tends one pool, in a job of its own."""
+
+    def __init__(self) -> None:
+        self._alarm: Place[Any] = new_place()
+
+    def keep(self, pool: BlockingPool[Any]) -> None:
+        pool._spawn(self._keep_up, weakref.ref(pool), pool._doze)
+
+    def hurry(self, pool: BlockingPool[Any]) -> None:
+        pool._wake(self._alarm)
+
+    def let_go(self, pool: BlockingPool[Any]) -> None:
+        pool._rouse(self._alarm)
+
+    def _keep_up(self, ref: weakref.ref[BlockingPool[Any]], doze: Callable[[Place[Any], float], None]) -> None:
+        while (pool := ref()) is not None and not pool.closed:
+            pause = tend(pool)
+            del pool
+            doze(self._alarm, pause)
+
+
+class Rounds(Keeper):
+    """Tends many pools, in one job for all, which ends when there is nothing to do for any of them."""
+
+    def __init__(self) -> None:
+        self._alarm: Place[Any] = new_place()
+        self._due: list[tuple[float, int, weakref.ref[BlockingPool[Any]]]] = []
+        self._entries = 0
+        self._begun = False
+
+    def keep(self, pool: BlockingPool[Any]) -> None:
+        self.hurry(pool)
+
+    def hurry(self, pool: BlockingPool[Any]) -> None:
+        self._put_down(pool._upkeep.wakes_at, pool)
+        if not self._begun:
+            self._begun = True
+            pool._spawn(self._go_round, pool._doze)
+        elif self._due[0][2] is pool._ref:
+            pool._wake(self._alarm)
+
+    def let_go(self, pool: BlockingPool[Any]) -> None:
+        pool._rouse(self._alarm)
+
+    def tended(self, pool: BlockingPool[Any], pause: float) -> float:
+        """It was, and wants to be again in so many seconds. Answers in how many it will be."""
+        return pause
+
+    def _go_round(self, doze: Callable[[Place[Any], float], None]) -> None:
+        try:
+            while (pause := self._tend_all()) is not None:
+                doze(self._alarm, pause)
+        finally:
+            self._begun = False
+
+    def _tend_all(self) -> float | None:
+        """Tend all that are due. Answers the seconds until the next is; None if none ever will be."""
+        while self._due:
+            when, _, ref = self._due[0]
+            pool: BlockingPool[Any] | None = ref()
+            if pool is None or pool.closed or when != pool._upkeep.wakes_at:
+                heappop(self._due)  # it is gone, or there is another entry for it
+                continue
+            left = when - monotonic()
+            if left > 0:
+                return left
+            heappop(self._due)
+            pause = self.tended(pool, tend(pool))
+            pool._upkeep.wakes_at = monotonic() + pause
+            if pause < NEVER:
+                self._put_down(pool._upkeep.wakes_at, pool)
+        return None
+
+    def _put_down(self, when: float, pool: BlockingPool[Any]) -> None:
+        self._entries += 1
+        entry: Any = (when, self._entries, pool._ref)
+        heappush(self._due, entry)
 
 
 def stirs(pool: BlockingPool[Any], member: Member[Any]) -> None:

@@ -616,7 +616,7 @@ def granted(fork: Fork) -> None:
         wait_waiting(pool, 1)
         pool.release(conn)
         if closed:
-            pool._shut(wait=False)
+            pool._shut()
 
         def in_child(
             queued: Any = queued, pool: Pool[Line] = pool, outcome: list[object] = outcome, closed: bool = closed

@@ -1,0 +1,254 @@
+"""One cap over several pools: every decision about it, and nothing else. The rules of `core` hold here too."""
+
+from __future__ import annotations
+
+import weakref
+from heapq import heappop, heappush, heapreplace
+from typing import TYPE_CHECKING, Any, Final
+
+from gsocketpool.arguments import whole_number
+
+if TYPE_CHECKING:
+    from gsocketpool.core import Core, Member
+
+__all__ = ["Budget"]
+
+#: Later than every turn.
+NO_TURN: Final = 2**62
+
+
+class Budget:
+    """A cap on the sockets of several pools together: give the same one to each, as ``Pool(..., budget=budget)``.
+
+    Each socket of such a pool, from the beginning of its dial to the end of its close, takes one unit. When there is
+    none left and somebody would have to dial, the connection that has idled longest in any of the pools is closed
+    (``evicted``). If none idles, units go to whoever has waited longest, in whichever pool: a connection that comes
+    back is closed for him rather than lent to somebody who came later. Who waits only because his own pool is full
+    stands in nobody's way.
+
+    A limit that is kept elsewhere, for many processes say, is a subclass with a `_take` and a `_give_back` of its own,
+    which must not wait; when that limit has units again, call :meth:`replenished`.
+
+    A budget and its pools belong to one thread.
+
+    :param max_total: most sockets of all these pools.
+    :raises TypeError: it is no whole number.
+    :raises ValueError: it is less than 1.
+    """
+
+    def __init__(self, max_total: int) -> None:
+        self._max_total = whole_number("max_total", max_total, least=1)
+        self._used = 0
+        self._closing = 0  # of these; they will be free before long
+        self._dry = False  # a unit was refused, and none has come back since
+        self._turn = 0
+        self._early = -(2**60)
+        # Which pool has waited for a unit since which turn, and which has had a connection idle since when. Both by
+        # weak references, and both looked at again when they are used: an entry may be out of date, but never too late.
+        self._claims: list[tuple[int, int, weakref.ref[Core[Any]]]] = []
+        self._idlers: list[tuple[int, int, weakref.ref[Core[Any]]]] = []
+        self._pools: weakref.WeakSet[Core[Any]] = weakref.WeakSet()
+
+    @property
+    def max_total(self) -> int:
+        """Most sockets of all pools."""
+        return self._max_total
+
+    @property
+    def used(self) -> int:
+        """Units that are taken: sockets open, opening or closing."""
+        return self._used
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._used} of {self._max_total} used, by {len(self._pools)} pools>"
+
+    # Where a limit kept elsewhere comes in.
+
+    def _take(self) -> bool:
+        """Take a unit; False if there is none. Called only while fewer than `max_total` are used."""
+        return True
+
+    def _give_back(self) -> None:
+        """A unit that was taken is free."""
+
+    def replenished(self) -> None:
+        """There may be units again that were not given back by a pool of this budget: whoever waits for one dials."""
+        self._dry = False
+        self._share_out()
+
+    def resize(self, max_total: int) -> None:
+        """Change `max_total`. More serves whoever waits at once. Less closes idle connections, those that idled longest
+        first, and more as they come back. Returns at once.
+
+        :raises TypeError: it is no whole number.
+        :raises ValueError: it is less than 1.
+        """
+        self._max_total = whole_number("max_total", max_total, least=1)
+        self._share_out()
+
+    def _share_out(self) -> None:
+        pool: Any = next(iter(self._pools), None)
+        if pool is not None:
+            pool._start_dials()
+
+    # What a pool's core tells it and asks.
+
+    def join(self, pool: Core[Any]) -> None:
+        """One more pool."""
+        self._pools.add(pool)
+
+    def next_turn(self) -> int:
+        """The turn of whoever comes now: it grows over all pools."""
+        self._turn += 1
+        return self._turn
+
+    def early_turn(self) -> int:
+        """The turn of whoever comes before all that."""
+        self._early += 1
+        return self._early
+
+    def grants(self, pool: Core[Any], turn: int) -> bool:
+        """Take a unit for the waiter with this turn, the first of the pool who needs one; False if there is none, or
+        somebody in another pool was there before. Then his claim stands."""
+        if pool._claim is None or turn < pool._claim:
+            pool._claim = turn
+            heappush(self._claims, (turn, id(pool), pool._ref))
+        return self._first() is pool and self._takes()
+
+    def spares(self) -> bool:
+        """Take a unit for a dial that nobody waits for, if nobody waits for a unit either."""
+        return self._first() is None and self._takes()
+
+    def has_one(self) -> bool:
+        """Whether a unit is free, as far as is known."""
+        return self._free() > 0
+
+    def closes(self) -> None:
+        """A socket is being closed."""
+        self._closing += 1
+
+    def takes_back(self, closed: bool) -> None:
+        """A socket is closed, or could not be opened at all."""
+        self._closing -= closed
+        self._used -= 1
+        self._dry = False
+        self._give_back()
+
+    def forgets(self, units: int, closing: int) -> None:
+        """So many sockets are somebody else's now."""
+        self._used -= units
+        self._closing -= closing
+        self._dry = False
+
+    def rests(self, pool: Core[Any], member: Member[Any]) -> None:
+        """It idles from now on."""
+        member.idles = self.next_turn()
+        self.has_idle(pool, member)
+
+    def has_idle(self, pool: Core[Any], member: Member[Any]) -> None:
+        """It idles, since the time that is written on it."""
+        if pool._idler is None or member.idles < pool._idler:
+            pool._idler = member.idles
+            heappush(self._idlers, (member.idles, id(pool), pool._ref))
+
+    # Decisions
+
+    def next_to_dial(self) -> Core[Any] | None:
+        """The pool that may dial now: it has the waiter who was there first of all who need a unit. None if there is no
+        unit, or no such waiter."""
+        pool = self._first()
+        return pool if pool is not None and self.has_one() else None
+
+    def next_to_close(self) -> tuple[Core[Any], Member[Any]] | None:
+        """What has idled longest is retired, since more wait for a unit than units will be free; or because there are
+        more than there may be. Answers what must be closed."""
+        if not self.must_go(NO_TURN):
+            return None
+        while self._idlers:
+            since, _, ref = self._idlers[0]
+            pool = ref()
+            if pool is None or pool._idler != since:
+                heappop(self._idlers)
+                continue
+            member = pool.longest_idle()
+            if member is None:
+                pool._idler = None
+                heappop(self._idlers)
+            elif member.idles > since:
+                pool._idler = member.idles
+                heapreplace(self._idlers, (member.idles, id(pool), ref))
+            else:
+                pool.retire(member, "evicted")
+                return pool, member
+        return None
+
+    def must_go(self, turn: int) -> bool:
+        """Whether a connection that comes back is closed instead of lent to the waiter with this turn: there are more
+        than there may be, or more waiters were there before him than units will be free without it."""
+        if self._used - self._closing > self._max_total:
+            return True
+        if not self._claims:
+            return False
+        first = self._first()
+        if first is None or first._claim is None or first._claim >= turn:
+            return False
+        return self._more_wait_than(self._free() + self._closing, turn)
+
+    def _free(self) -> int:
+        return 0 if self._dry else self._max_total - self._used
+
+    def _takes(self) -> bool:
+        if self._free() <= 0:
+            return False
+        if not self._take():
+            self._dry = True
+            return False
+        self._used += 1
+        return True
+
+    def _more_wait_than(self, units: int, turn: int) -> bool:
+        """Whether so many and more wait for a unit since before this turn. Looks at no more than it must."""
+        found = 0
+        branches = [0]  # of the heap: what is below an entry is later than it
+        while branches:
+            number = branches.pop()
+            if number >= len(self._claims) or self._claims[number][0] >= turn:
+                continue
+            pool = self._claims[number][2]()
+            if pool is not None and pool._claim == self._claims[number][0]:
+                found += pool.claimants(turn, units + 1 - found)
+                if found > units:
+                    return True
+            branches += (2 * number + 1, 2 * number + 2)
+        return False
+
+    def _first(self) -> Core[Any] | None:
+        """The pool with the waiter who was there first of all who need a unit."""
+        while self._claims:
+            turn, _, ref = self._claims[0]
+            pool = ref()
+            if pool is None or pool._claim != turn:
+                heappop(self._claims)
+                continue
+            now = pool.first_claim()
+            if now is None:
+                pool._claim = None
+                heappop(self._claims)
+            elif now > turn:
+                pool._claim = now
+                heapreplace(self._claims, (now, id(pool), ref))
+            else:
+                return pool
+        return None
+
+    def faults(self) -> list[str]:
+        """Which invariants are broken: none, ever, once the drivers have done what is to be done."""
+        pools = list(self._pools)
+        rules = {
+            "units are miscounted": self._used == sum(pool.total for pool in pools),
+            "closes are miscounted": self._closing == sum(pool._closing for pool in pools),
+            "somebody waits for a unit, and one is free": self.next_to_dial() is None,
+            "somebody waits for a unit, and a connection idles": not self.must_go(NO_TURN)
+            or not any(pool.idle for pool in pools),
+        }
+        return [what for what, holds in rules.items() if not holds]

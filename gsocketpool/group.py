@@ -1,0 +1,325 @@
+"""Many endpoints under one roof: a pool for each, found by its options, and one cap over all."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import fields
+from time import monotonic
+from types import EllipsisType, TracebackType
+from typing import Any, Final, Generic, NoReturn, TypeVar
+
+from gsocketpool.arguments import seconds
+from gsocketpool.blocking import BlockingPool, Lease, clear_all, close_all
+from gsocketpool.budget import Budget
+from gsocketpool.exceptions import PoolClosedError
+from gsocketpool.pool import Pool
+from gsocketpool.settings import Settings
+from gsocketpool.stats import GroupStats
+from gsocketpool.upkeep import Keeper, Rounds
+
+__all__ = ["Endpoint", "PoolGroup"]
+
+C = TypeVar("C")
+G = TypeVar("G", bound="PoolGroup[Any]")
+
+#: In so many ways a call may name one endpoint (the order of its options, say) and find its pool at once.
+MOST_CALLS: Final = 8
+
+#: What a pool of a group is told by the group itself.
+OWN: Final = {"initial_connections", "max_connections", "name", "breaker", "budget"}
+
+
+class Endpoint(Pool[C]):
+    """The pool of one endpoint of a group."""
+
+    __slots__ = ("_calls", "_empty_since", "_key", "_rounds")
+
+    def __init__(self, rounds: _GroupRounds, key: Hashable, *arguments: Any, **settings: Any) -> None:
+        self._rounds = rounds
+        self._key = key
+        self._calls: list[tuple[Any, ...]] = []  # that the group has noted
+        self._empty_since: float | None = None
+        super().__init__(*arguments, **settings)
+
+    def _keeper(self) -> Keeper:
+        return self._rounds
+
+
+class PoolGroup(Generic[C]):
+    """A pool for each endpoint, made when it is first asked for, all with the same parameters; and one cap over all.
+
+    ::
+
+        group = PoolGroup(TcpConnection, max_connections=10, max_total=100)
+        with group.connection(host="10.0.0.1", port=6000) as conn:
+            ...
+
+    All that a pool can be told, :class:`~gsocketpool.Pool` says what, can be told to a group by keyword, and holds for
+    each endpoint; but for `initial_connections`: use `min_idle` and :meth:`Pool.wait_ready`. One background greenlet
+    tends them all. A group belongs to one thread, as a pool does.
+
+    :param factory: makes a connection: as for a :class:`~gsocketpool.Pool`.
+    :param max_connections: most sockets of one endpoint.
+    :param max_total: most sockets of all endpoints; None: no such cap. See :class:`~gsocketpool.Budget` for who gets
+        one when there are no more.
+    :param key: called with the options; its answer says which endpoint they mean. The options with which an endpoint
+        was asked for first are those with which its connections are made. None: options that are equal, in whichever
+        order, mean the same endpoint.
+    :param forget_after: seconds; the pool of an endpoint that has no connection and no waiter for so long is
+        forgotten, with its counts. Whoever still refers to it can go on using it.
+    :param name: what logs, errors and ``repr()`` call this group. Its pools are called so too, and by their ``host``
+        and ``port``, or ``path``, where the options have those.
+    :param max_connecting: most dials to one endpoint at once; None: 8 or a quarter of `max_total`, whichever is less,
+        so that an endpoint whose dials hang cannot take the others' share meanwhile.
+    :param breaker: after so many dials to an endpoint have failed in a row, there is none for a while, and where none
+        of its connections is left, whoever asks for one gets :exc:`~gsocketpool.BreakerOpenError` at once. See
+        :class:`~gsocketpool.Pool`. None: off.
+    :param budget: instead of `max_total`: a cap that is shared with other groups or pools.
+    :raises TypeError: a parameter has the wrong type, or is unknown; the message names it and says what it takes.
+    :raises ValueError: a parameter has a wrong value; likewise.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[..., C],
+        *,
+        max_connections: int = 200,
+        max_total: int | None = None,
+        key: Callable[..., Hashable] | None = None,
+        forget_after: float = 60,
+        name: str | None = None,
+        max_connecting: int | None = None,
+        breaker: int | None = 5,
+        budget: Budget | None = None,
+        **pool_options: Any,
+    ) -> None:
+        if not callable(factory):
+            raise TypeError(f"factory must be a Connection class or another callable, not {factory!r}")
+        if key is not None and not callable(key):
+            raise TypeError(f"key must be a function of the options or None, not {key!r}")
+        if max_total is not None and budget is not None:
+            raise ValueError("max_total and budget are two ways to say the same: give one of them")
+        seconds("forget_after", forget_after, zero=True)
+        known = {field.name for field in fields(Settings)} - OWN
+        for unknown in pool_options.keys() - known:
+            advice = "use min_idle and wait_ready()" if unknown == "initial_connections" else "a pool has none"
+            raise TypeError(f"a group takes no {unknown!r}: {advice}; it takes {', '.join(sorted(known))}")
+        if max_total is not None:
+            budget = Budget(max_total)
+        if max_connecting is None:
+            max_connecting = Settings.max_connecting
+            if budget is not None:
+                max_connecting = max(1, min(max_connecting, budget.max_total // 4))
+        settings = {
+            **pool_options,
+            "max_connections": max_connections,
+            "max_connecting": max_connecting,
+            "breaker": breaker,
+            "budget": budget,
+        }
+        Settings(name=name, **settings)
+        self._factory = factory
+        self._name = name
+        self._key = key
+        self._forget_after = forget_after
+        self._settings = settings
+        self._budget = budget
+        self._closed = False
+        self._rounds = _GroupRounds(self)
+        self._pools: dict[Hashable, Endpoint[C]] = {}
+        # Forgotten, but somebody may still refer to one; and then it must not be made a second time.
+        self._known: weakref.WeakValueDictionary[Hashable, Endpoint[C]] = weakref.WeakValueDictionary()
+        self._by_call: dict[tuple[Any, ...], Endpoint[C]] = {}
+
+    def connection(self, timeout: float | EllipsisType | None = ..., /, **options: Any) -> Lease[C]:
+        """A context manager that borrows a connection to the endpoint which the options say, and gives it back.
+
+        :param timeout: as for :meth:`Pool.acquire`; by position, since an option may have that name.
+        :param options: keyword arguments for the factory.
+        :raises PoolClosedError: the group is closed.
+        :raises TypeError: two sets of options could not be told apart, since one has a value that cannot be hashed.
+        """
+        try:
+            pool = self._by_call[tuple(options.items())]
+        except (KeyError, TypeError):
+            return self.pool(**options).connection(timeout)
+        return pool._lease(pool, timeout)
+
+    def pool(self, **options: Any) -> Pool[C]:
+        """The pool of the endpoint which the options say. The same one each time, as long as somebody uses it.
+
+        :param options: keyword arguments for the factory.
+        :raises PoolClosedError: the group is closed.
+        :raises TypeError: two sets of options could not be told apart, since one has a value that cannot be hashed.
+        """
+        key = _frozen(options) if self._key is None else self._key(**options)
+        try:
+            pool = self._pools.get(key) or self._known.get(key)
+        except TypeError:
+            raise TypeError(f"key must answer something that can be hashed, not {key!r}") from None
+        if self._closed:
+            raise PoolClosedError(f"{self._label} is closed")
+        if pool is None or pool.closed:
+            pool = Endpoint(
+                self._rounds, key, self._factory, _copied(options), name=self._name_for(options), **self._settings
+            )
+            self._known[key] = pool
+        self._pools[key] = pool
+        call = tuple(options.items())
+        if len(pool._calls) < MOST_CALLS and _is_hashable(call):
+            pool._calls.append(call)
+            self._by_call[call] = pool
+        return pool
+
+    @property
+    def pools(self) -> list[Pool[C]]:
+        """The pools that there are now."""
+        return list(self._pools.values())
+
+    @property
+    def budget(self) -> Budget | None:
+        """The cap over all, None if there is none."""
+        return self._budget
+
+    def clear(self) -> None:
+        """:meth:`Pool.clear` of all endpoints, side by side."""
+        clear_all(self._alive())
+
+    def close(self, timeout: float | None = None) -> None:
+        """:meth:`Pool.close` of all endpoints, side by side, and of the group.
+
+        :param timeout: as for a pool; one time for all.
+        """
+        if timeout is not None:
+            seconds("timeout", timeout, zero=True)
+        self._closed = True
+        close_all(self._alive(), timeout)
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    def stats(self) -> GroupStats:
+        """The state of all pools that there are now, and their sums."""
+        budget = self._budget
+        return GroupStats(
+            endpoints={key: pool.stats() for key, pool in self._pools.items()},
+            max_total=None if budget is None else budget.max_total,
+        )
+
+    def __enter__(self: G) -> G:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a group cannot be copied or pickled: make another one")
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        state = "closed" if self._closed else f"{len(self._pools)} endpoints"
+        cap = "" if stats.max_total is None else f" of at most {stats.max_total}"
+        return (
+            f"<{self._label}: {state}, {stats.idle} idle, {stats.in_use} in use, {stats.opening} opening{cap}, "
+            f"{stats.waiting} waiting>"
+        )
+
+    @property
+    def _label(self) -> str:
+        return f"{type(self).__name__} {self._name!r}" if self._name else type(self).__name__
+
+    def _name_for(self, options: Mapping[str, Any]) -> str:
+        """No other options than these: there may be a password among them."""
+        if "host" in options:
+            where = f"{options['host']}:{options['port']}" if "port" in options else str(options["host"])
+        elif "path" in options:
+            where = str(options["path"])
+        else:
+            where = f"endpoint {len(self._known) + 1}"
+        return f"{self._name} {where}" if self._name else where
+
+    def _alive(self) -> list[Endpoint[C]]:
+        return list({**dict(self._known), **self._pools}.values())
+
+    def _tended(self, pool: Endpoint[C], pause: float) -> float:
+        """Forget it, if it has been empty for so long."""
+        if not pool.is_empty():
+            pool._empty_since = None
+            return pause
+        now = monotonic()
+        if pool._empty_since is None:
+            pool._empty_since = now
+        left = pool._empty_since + self._forget_after - now
+        if left > 0:
+            return min(pause, left)
+        self._forget(pool)
+        return pause
+
+    def _forget(self, pool: Endpoint[C]) -> None:
+        if self._pools.get(pool._key) is pool:
+            del self._pools[pool._key]
+        calls, pool._calls = pool._calls, []
+        for call in calls:
+            self._by_call.pop(call, None)
+
+
+class _GroupRounds(Rounds):
+    """Tends the pools of a group, and has it forget those that stay empty."""
+
+    def __init__(self, group: PoolGroup[Any]) -> None:
+        super().__init__()
+        self._group = weakref.ref(group)
+
+    def let_go(self, pool: BlockingPool[Any]) -> None:
+        group = self._group()
+        if group is not None:
+            group._forget(pool)  # type: ignore[arg-type]
+        super().let_go(pool)
+
+    def tended(self, pool: BlockingPool[Any], pause: float) -> float:
+        group = self._group()
+        return pause if group is None else group._tended(pool, pause)  # type: ignore[arg-type]
+
+
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _frozen(options: Mapping[str, Any]) -> Hashable:
+    """Equal for equal options, in whichever order."""
+    return frozenset((name, _freeze(name, value)) for name, value in options.items())
+
+
+def _freeze(name: str, value: Any) -> Hashable:
+    if _is_hashable(value):
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, Mapping):
+        return (dict, frozenset((key, _freeze(name, each)) for key, each in value.items()))
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(_freeze(name, each) for each in value))
+    if isinstance(value, (set, bytearray)):
+        return (type(value), frozenset(value) if isinstance(value, set) else bytes(value))
+    raise TypeError(
+        f"endpoints cannot be told apart by the option {name}: a {type(value).__name__} cannot be hashed. Give the "
+        "group a key=, a function of the options that answers what an endpoint is known by: "
+        "key=lambda host, port, **others: (host, port), say"
+    )
+
+
+def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
+    """So that a list or the like that the caller changes later does not change what is dialled."""
+    containers = (dict, list, tuple, set, bytearray)
+    return {
+        name: copy.deepcopy(value) if isinstance(value, containers) and not _is_hashable(value) else value
+        for name, value in options.items()
+    }
