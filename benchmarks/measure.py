@@ -53,18 +53,24 @@ class Run:
         self.targets.append((what, bound, f"{measured:.2f}", "yes" if reached else "no"))
 
     def side_by_side(
-        self, jobs: dict[K, Job], *, patched: Iterable[K] = (), processes: int, rounds: int
+        self, jobs: dict[K, Job], *, patched: Iterable[K] = (), processes: int, rounds: int = 1, apart: bool = False
     ) -> dict[K, list[Result]]:
         """Do every job ``processes * rounds`` times, taking turns: A B C A B C ... A quick run does each once.
 
         New processes are started on the way, because the layout of one process's memory can favour one of its jobs.
 
         :param patched: those jobs that need a monkey-patched process; it runs right after the plain one.
+        :param apart: each job has processes of its own, for those that leave the memory of theirs in another state.
         """
         if self.quick:
             processes = rounds = 1
         patched = list(patched)
         results: dict[K, list[Result]] = {name: [] for name in jobs}
+        if apart:
+            for _ in range(processes * rounds):
+                for name in jobs:
+                    results[name] += run([jobs[name]], patched=name in patched)
+            return results
         for _ in range(processes):
             for wanted in (False, True):
                 turns = [name for name in jobs if (name in patched) is wanted] * rounds

@@ -263,7 +263,7 @@ def test_a_wrong_max_total_is_refused(value: int) -> None:
 
 
 class World:
-    """Some pools under one budget, and all that may happen to them in any order; after each step, what a driver does."""
+    """Some pools under one budget, and all that may happen to them; after each step, what a driver does."""
 
     def __init__(self, number: Callable[[int], int]) -> None:
         self.number = number
@@ -444,7 +444,7 @@ class World:
     def step(self) -> None:
         before = self.budget.used
         self.pick(self.DEEDS)(self)
-        assert self.budget.used <= max(before, self.limit) + 0, "more than the budget has"
+        assert self.budget.used <= max(before, self.limit), "more than the budget has"
         self.drive()
         self.look()
 
