@@ -18,6 +18,7 @@ CASES = {
     "contended": "Contended: many greenlets, few connections",
     "echo": "Echo over real sockets",
     "growth": "Growth: many waiters, many idle connections",
+    "endpoints": "Many endpoints",
     "kills": "The kill test",
 }
 

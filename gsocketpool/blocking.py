@@ -94,7 +94,7 @@ class Lease(Generic[C]):
         if self._member is not None:
             raise RuntimeError("this block is entered already; call connection() again for a second connection")
         pool, timeout = self._pool, self._timeout
-        lane = pool._lane_out
+        lane = pool._lane_with
         if lane and (timeout is ... or is_seconds(timeout)):
             member = lane.pop()
             member.uses += 1
@@ -120,6 +120,10 @@ class Lease(Generic[C]):
             if kind is None and pool._lane_in:
                 pool._warm.append(member)
                 member.holder = None
+            elif kind is None and pool._plain:
+                outcome = pool.give(member)
+                if outcome is not None:
+                    pool._settle(outcome, member)
             else:
                 pool._return(member)
         else:

@@ -41,7 +41,7 @@ class Budget:
         self._used = 0
         self._closing = 0  # of these; they will be free before long
         self._dry = False  # a unit was refused, and none has come back since
-        self._turn = 0
+        self.turn = 0  # the last one that was given, to a waiter or to what came to idle
         self._early = -(2**60)
         # Which pool has waited for a unit since which turn, and which has had a connection idle since when. Both by
         # weak references, and both looked at again when they are used: an entry may be out of date, but never too late.
@@ -98,9 +98,9 @@ class Budget:
         self._pools.add(pool)
 
     def next_turn(self) -> int:
-        """The turn of whoever comes now: it grows over all pools."""
-        self._turn += 1
-        return self._turn
+        """The turn of whoever comes now."""
+        self.turn += 1
+        return self.turn
 
     def early_turn(self) -> int:
         """The turn of whoever comes before all that."""
@@ -140,11 +140,6 @@ class Budget:
         self._closing -= closing
         self._dry = False
 
-    def rests(self, pool: Core[Any], member: Member[Any]) -> None:
-        """It idles from now on."""
-        member.idles = self.next_turn()
-        self.has_idle(pool, member)
-
     def has_idle(self, pool: Core[Any], member: Member[Any]) -> None:
         """It idles, since the time that is written on it."""
         if pool._idler is None or member.idles < pool._idler:
@@ -181,6 +176,10 @@ class Budget:
                 pool.retire(member, "evicted")
                 return pool, member
         return None
+
+    def is_short(self) -> bool:
+        """Whether `must_go` may have something to say."""
+        return bool(self._claims) or self._used > self._max_total
 
     def must_go(self, turn: int) -> bool:
         """Whether a connection that comes back is closed instead of lent to the waiter with this turn: there are more

@@ -269,6 +269,7 @@ class Core(Generic[C]):
         "_idler",
         "_lane_in",
         "_lane_out",
+        "_lane_with",
         "_last_error",
         "_latest",
         "_limits",
@@ -375,7 +376,8 @@ class Core(Generic[C]):
         self._set_lanes()
 
     # The fast lanes. A driver's acquire may pop `_lane_out` and note what it lends as `_latest`; its release may append
-    # to `_warm` what is `_latest`, or anything while `_lane_in` is open. As long as they are open, that is all there is
+    # to `_warm` what is `_latest`, or anything while `_lane_in` is open. A driver's block may pop `_lane_with`, if it
+    # does not note that as `_latest`. As long as they are open, that is all there is
     # to decide. When there is more (a waiter to serve, a reset to run, a check to make each time) they are shut, and
     # the driver comes here. `_latest` needs no test of its own: nothing is lent through `_lane_out` while `_lane_in` is
     # shut. `_brimful` is the lane to the end of the queue: whoever comes while others wait, all slots are taken by
@@ -389,7 +391,9 @@ class Core(Generic[C]):
         looks = self._limits.max_uses is not None or self._budget is not None
         self._stern = bool(self._closed or self._doomed or crowded or looks)
         shut = not self._plain or self._stern or self._always_cold
-        self._lane_out: deque[Member[C]] = deque() if shut or self._fifo or self._paused else self._warm
+        reserved = self._fifo or self._paused or self._always_cold or self._records
+        self._lane_with: deque[Member[C]] = deque() if reserved else self._warm
+        self._lane_out: deque[Member[C]] = deque() if reserved or shut else self._warm
         self._lane_in = not (shut or self._dialled or self._undialled)
         if not self._lane_in:
             self._latest = NOBODY
@@ -469,14 +473,19 @@ class Core(Generic[C]):
                 return RETIRED
         queue = self._dialled or self._undialled
         if not queue or self._paused:
+            member.holder = None
+            budget = self._budget
             if member.cold and not self._always_cold:  # nobody has touched it
                 self._cold[member] = None
+                if budget is not None:
+                    budget.has_idle(self, member)
             else:
                 member.cold = self._always_cold
                 self._warm.append(member)
-            member.holder = None
-            if self._budget is not None:
-                self._budget.rests(self, member)
+                if budget is not None:
+                    member.idles = budget.turn = budget.turn + 1
+                    if self._idler is None:
+                        budget.has_idle(self, member)
             return None
         place = queue.popleft()
         place.queue = None
@@ -499,7 +508,7 @@ class Core(Generic[C]):
             return "expired"
         if len(self._members) > self._max_connections:
             return "shrunk"
-        if self._budget is not None:
+        if self._budget is not None and self._budget.is_short():
             queue = self._dialled or self._undialled
             if self._budget.must_go(queue[0].turn if queue and not self._paused else NO_TURN):
                 return "evicted"
@@ -1088,6 +1097,8 @@ class Core(Generic[C]):
             "something gone is due": all(self._members.get(id(m.connection)) is m for m in self._due),
             "the lane for loans is open though there is more to decide": self._lane_out is not self._warm
             or not (self._paused or self._fifo or self._stern or self._always_cold or not self._plain),
+            "the lane for blocks is open though there is more to decide": self._lane_with is not self._warm
+            or not (self._paused or self._fifo or self._always_cold or self._records),
             "the ceiling is below max_connections": self._ceiling >= self._max_connections,
             "broken, and all wait in vain": not (self._broken and (self._dialled or self._undialled))
             or bool(self._members or self._dialling or self._paused or self._may_dial()),

@@ -30,13 +30,13 @@ def benchmarks(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 def test_a_quick_run_prints_what_it_ran_on_a_table_for_each_case_and_the_targets(tmp_path: Path) -> None:
     # No peer that has to be installed on the side: what is missing is left out with a note.
-    done = benchmarks("--quick", "pair", "contended", "growth", GSOCKETPOOL_016=str(tmp_path))
+    done = benchmarks("--quick", "pair", "contended", "growth", "endpoints", GSOCKETPOOL_016=str(tmp_path))
     assert done.returncode == 0, done.stderr
     head, *lines = done.stdout.splitlines()
     assert f"CPython {sys.version.split()[0]}" in head
     assert "gevent" in head
     assert "cores" in head
-    for title in ("Uncontended", "Contended", "Growth", "Targets"):
+    for title in ("Uncontended", "Contended", "Growth", "Many endpoints", "Targets"):
         assert any(line.startswith(title) for line in lines), f"no {title} in\n{done.stdout}"
     assert "Left out: gsocketpool 0.1.6: not found in" in done.stdout
     for name, peer in PEERS.items():
@@ -50,7 +50,7 @@ def test_a_quick_run_prints_what_it_ran_on_a_table_for_each_case_and_the_targets
 def test_a_case_that_does_not_exist_is_refused_with_the_names_of_those_that_do() -> None:
     done = benchmarks("pear")
     assert done.returncode == 2
-    assert "no case pear; there are pair, contended, echo, growth, kills" in done.stderr
+    assert "no case pear; there are pair, contended, echo, growth, endpoints, kills" in done.stderr
 
 
 @pytest.mark.parametrize(("cost", "power"), [(lambda n: 3 * n, 1.0), (lambda n: n * n / 7, 2.0)])

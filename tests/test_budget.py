@@ -286,6 +286,8 @@ class World:
         self.waiting: list[tuple[Core[Thing], Place[Thing]]] = []
         self.dials: list[tuple[Core[Thing], Place[Thing] | None, bool]] = []
         self.closing: list[tuple[Core[Thing], Member[Thing]]] = []
+        self.stirred: set[Core[Thing]] = set()  # something there idles on that was out, and that nobody has touched
+        self.turns: dict[Member[Thing], int] = {}  # of who has it
         self.clock = 0.0
 
     def pick(self, options: Sequence[T]) -> T:
@@ -303,6 +305,7 @@ class World:
         if isinstance(found, Member):
             assert not wanted, "it was lent to who came last"
             self.lent.append((pool, found))
+            self.turns[found] = 0
         elif isinstance(found, Place):
             self.waiting.append((pool, found))
 
@@ -330,11 +333,12 @@ class World:
             pool, dead = each
             pool.reject(dead)
             self.closing.append(each)
-            again = pool.retake(True, self.pick([0, 1, 5]))
+            again = pool.retake(True, self.turns.get(dead, 0))
             if isinstance(again, Place):
                 self.waiting.append((pool, again))
             elif isinstance(again, Member):
                 self.lent.append((pool, again))
+                self.turns[again] = 0
 
     def leave(self) -> None:
         if (each := self.any(self.waiting)) is not None:
@@ -342,6 +346,8 @@ class World:
             unused = pool.abandon(leaving)
             if unused is not None:
                 self.lent.append((pool, unused))
+                self.turns[unused] = leaving.turn
+                self.stirred.add(pool)
 
     def dial_ends(self) -> None:
         if (each := self.any(self.dials)) is not None:
@@ -385,6 +391,7 @@ class World:
         found = pool.inspect()
         if found is not None:
             self.inspected.append((pool, found))
+            self.stirred.add(pool)
 
     def inspected_ends(self) -> None:
         if (each := self.any(self.inspected)) is not None:
@@ -465,13 +472,15 @@ class World:
             self.dials.append((pool_, waiter, False))
         while (found := self.budget.next_to_close()) is not None:
             pool, evicted = found
-            ages = [each.longest_idle() for each in self.pools]
-            assert all(evicted.idles <= each.idles for each in ages if each is not None and not each.proven)
+            # What idles on stands at another end of its pool's line: then that pool's oldest is not exactly that.
+            ages = [each.longest_idle() for each in self.pools if each not in self.stirred]
+            assert pool in self.stirred or all(evicted.idles <= each.idles for each in ages if each is not None)
             self.closing.append((pool, evicted))
         for pool, waiter in list(self.waiting):
             if waiter.member is not None:  # collects
                 self.waiting.remove((pool, waiter))
                 self.lent.append((pool, waiter.member))
+                self.turns[waiter.member] = waiter.turn
                 waiter.member.holder = BY_HAND
                 waiter.member = None
 

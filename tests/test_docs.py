@@ -35,6 +35,7 @@ LOGGED = {
         r"forgetful> has held a connection for \d+\.\d s, longer than leak_threshold=0\.5: ",
         r"ended without releasing a connection, which is closed: ",
     },
+    "docs/howto/endpoints.rst": {r"5 dials in a row have failed; the next one in \d+\.\d\d s: ConnectionRefusedError\("},
 }
 
 
@@ -59,7 +60,7 @@ def test_every_example_of_a_page_runs(page: Path, logged: Logged) -> None:
 
 def test_the_pages_that_teach_have_examples() -> None:
     pages = [ROOT / "README.rst", *(DOCS / name for name in ("index.rst", "tutorial.rst", "connections.rst"))]
-    for page in [*pages, *(DOCS / "howto").glob("*.rst")]:
+    for page in [*pages, *(DOCS / "howto").glob("*.rst"), *(DOCS / "coming").glob("*.rst")]:
         assert list(SYBIL.parse(page).examples()) or "literalinclude:: ../../examples/" in page.read_text(), page
 
 
@@ -102,6 +103,16 @@ def test_the_postgres_example_runs(postgres: Postgres) -> None:
     assert run("postgres.py", postgres.dsn) == [
         str([number * number for number in range(20)]),
         "20 times lent",
+    ]
+
+
+def test_the_endpoints_example_runs(postgres: Postgres) -> None:
+    replica = f"{postgres.dsn} dbname=template1"  # of the same server, and yet another place
+    assert run("endpoints.py", postgres.dsn, replica, replica) == [
+        "primary: ('postgres',)",
+        "replica-1: ('template1',)",
+        "1 time lent to who asked for primary",
+        "1 time lent to who asked for replica-1",
     ]
 
 
