@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import TYPE_CHECKING, Any, Final
 
 from gsocketpool.arguments import whole_number
@@ -38,14 +38,14 @@ class Budget:
 
     def __init__(self, max_total: int) -> None:
         self._max_total = whole_number("max_total", max_total, least=1)
-        self._used = 0
+        self.taken = 0  # units
         self._closing = 0  # of these; they will be free before long
         self._dry = False  # a unit was refused, and none has come back since
         self.turn = 0  # the last one that was given, to a waiter or to what came to idle
         self._early = -(2**60)
         # Which pool has waited for a unit since which turn, and which has had a connection idle since when. Both by
         # weak references, and both looked at again when they are used: an entry may be out of date, but never too late.
-        self._claims: list[tuple[int, int, weakref.ref[Core[Any]]]] = []
+        self.claims: list[tuple[int, int, weakref.ref[Core[Any]]]] = []
         self._idlers: list[tuple[int, int, weakref.ref[Core[Any]]]] = []
         self._pools: weakref.WeakSet[Core[Any]] = weakref.WeakSet()
 
@@ -57,10 +57,10 @@ class Budget:
     @property
     def used(self) -> int:
         """Units that are taken: sockets open, opening or closing."""
-        return self._used
+        return self.taken
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._used} of {self._max_total} used, by {len(self._pools)} pools>"
+        return f"<{type(self).__name__}: {self.taken} of {self._max_total} used, by {len(self._pools)} pools>"
 
     # Where a limit kept elsewhere comes in.
 
@@ -112,7 +112,10 @@ class Budget:
         somebody in another pool was there before. Then his claim stands."""
         if pool._claim is None or turn < pool._claim:
             pool._claim = turn
-            heappush(self._claims, (turn, id(pool), pool._ref))
+            if self._is_cluttered(self.claims):
+                self.claims = [entry for entry in self.claims if (at := entry[2]()) and at._claim == entry[0]]
+                heapify(self.claims)
+            heappush(self.claims, (turn, id(pool), pool._ref))
         return self._first() is pool and self._takes()
 
     def spares(self) -> bool:
@@ -130,13 +133,13 @@ class Budget:
     def takes_back(self, closed: bool) -> None:
         """A socket is closed, or could not be opened at all."""
         self._closing -= closed
-        self._used -= 1
+        self.taken -= 1
         self._dry = False
         self._give_back()
 
     def forgets(self, units: int, closing: int) -> None:
         """So many sockets are somebody else's now."""
-        self._used -= units
+        self.taken -= units
         self._closing -= closing
         self._dry = False
 
@@ -144,6 +147,9 @@ class Budget:
         """It idles, since the time that is written on it."""
         if pool._idler is None or member.idles < pool._idler:
             pool._idler = member.idles
+            if self._is_cluttered(self._idlers):
+                self._idlers = [entry for entry in self._idlers if (at := entry[2]()) and at._idler == entry[0]]
+                heapify(self._idlers)
             heappush(self._idlers, (member.idles, id(pool), pool._ref))
 
     # Decisions
@@ -177,24 +183,24 @@ class Budget:
                 return pool, member
         return None
 
-    def is_short(self) -> bool:
-        """Whether `must_go` may have something to say."""
-        return bool(self._claims) or self._used > self._max_total
-
     def must_go(self, turn: int) -> bool:
         """Whether a connection that comes back is closed instead of lent to the waiter with this turn: there are more
         than there may be, or more waiters were there before him than units will be free without it."""
-        if self._used - self._closing > self._max_total:
+        if self.taken - self._closing > self._max_total:
             return True
-        if not self._claims:
+        if not self.claims:
             return False
         first = self._first()
         if first is None or first._claim is None or first._claim >= turn:
             return False
         return self._more_wait_than(self._free() + self._closing, turn)
 
+    def _is_cluttered(self, entries: list[tuple[int, int, weakref.ref[Core[Any]]]]) -> bool:
+        """Whether most of them are of pools that are gone, or out of date."""
+        return len(entries) > 2 * len(self._pools) + 16
+
     def _free(self) -> int:
-        return 0 if self._dry else self._max_total - self._used
+        return 0 if self._dry else self._max_total - self.taken
 
     def _takes(self) -> bool:
         if self._free() <= 0:
@@ -202,7 +208,7 @@ class Budget:
         if not self._take():
             self._dry = True
             return False
-        self._used += 1
+        self.taken += 1
         return True
 
     def _more_wait_than(self, units: int, turn: int) -> bool:
@@ -211,10 +217,10 @@ class Budget:
         branches = [0]  # of the heap: what is below an entry is later than it
         while branches:
             number = branches.pop()
-            if number >= len(self._claims) or self._claims[number][0] >= turn:
+            if number >= len(self.claims) or self.claims[number][0] >= turn:
                 continue
-            pool = self._claims[number][2]()
-            if pool is not None and pool._claim == self._claims[number][0]:
+            pool = self.claims[number][2]()
+            if pool is not None and pool._claim == self.claims[number][0]:
                 found += pool.claimants(turn, units + 1 - found)
                 if found > units:
                     return True
@@ -223,19 +229,19 @@ class Budget:
 
     def _first(self) -> Core[Any] | None:
         """The pool with the waiter who was there first of all who need a unit."""
-        while self._claims:
-            turn, _, ref = self._claims[0]
+        while self.claims:
+            turn, _, ref = self.claims[0]
             pool = ref()
             if pool is None or pool._claim != turn:
-                heappop(self._claims)
+                heappop(self.claims)
                 continue
             now = pool.first_claim()
             if now is None:
                 pool._claim = None
-                heappop(self._claims)
+                heappop(self.claims)
             elif now > turn:
                 pool._claim = now
-                heapreplace(self._claims, (now, id(pool), ref))
+                heapreplace(self.claims, (now, id(pool), ref))
             else:
                 return pool
         return None
@@ -244,7 +250,7 @@ class Budget:
         """Which invariants are broken: none, ever, once the drivers have done what is to be done."""
         pools = list(self._pools)
         rules = {
-            "units are miscounted": self._used == sum(pool.total for pool in pools),
+            "units are miscounted": self.taken == sum(pool.total for pool in pools),
             "closes are miscounted": self._closing == sum(pool._closing for pool in pools),
             "somebody waits for a unit, and one is free": self.next_to_dial() is None,
             "somebody waits for a unit, and a connection idles": not self.must_go(NO_TURN)

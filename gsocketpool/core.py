@@ -508,9 +508,10 @@ class Core(Generic[C]):
             return "expired"
         if len(self._members) > self._max_connections:
             return "shrunk"
-        if self._budget is not None and self._budget.is_short():
+        budget = self._budget
+        if budget is not None and (budget.claims or budget.taken > budget.max_total):
             queue = self._dialled or self._undialled
-            if self._budget.must_go(queue[0].turn if queue and not self._paused else NO_TURN):
+            if budget.must_go(queue[0].turn if queue and not self._paused else NO_TURN):
                 return "evicted"
         return None
 
@@ -1057,10 +1058,10 @@ class Core(Generic[C]):
         return self._dialled.length + self._undialled.length
 
     def is_empty(self) -> bool:
-        """Whether there is nothing to look after: no connection, no waiter, none wanted, and the breaker does not wait
-        for its time."""
+        """Whether there is nothing to look after: no connection, no waiter, none wanted, the breaker does not wait for
+        its time, and the pool is not paused."""
         waits = self._broken and not self._trial
-        return not (self.total or self.waiting or self._min_idle or waits or self._resting)
+        return not (self.total or self.waiting or self._min_idle or waits or self._resting or self._paused)
 
     def faults(self) -> list[str]:
         """Which invariants are broken: none, ever. For tests and for who debugs a driver."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
+import os
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields
@@ -13,11 +14,11 @@ from typing import Any, Final, Generic, NoReturn, TypeVar
 from gsocketpool.arguments import seconds
 from gsocketpool.blocking import BlockingPool, Lease, clear_all, close_all
 from gsocketpool.budget import Budget
-from gsocketpool.exceptions import PoolClosedError
-from gsocketpool.pool import Pool
+from gsocketpool.exceptions import PoolClosedError, PoolError
+from gsocketpool.pool import Pool, get_ident
 from gsocketpool.settings import Settings
 from gsocketpool.stats import GroupStats
-from gsocketpool.upkeep import Keeper, Rounds
+from gsocketpool.upkeep import COARSEST_TICK, Keeper, Rounds
 
 __all__ = ["Endpoint", "PoolGroup"]
 
@@ -27,8 +28,11 @@ G = TypeVar("G", bound="PoolGroup[Any]")
 #: In so many ways a call may name one endpoint (the order of its options, say) and find its pool at once.
 MOST_CALLS: Final = 8
 
-#: What a pool of a group is told by the group itself.
-OWN: Final = {"initial_connections", "max_connections", "name", "breaker", "budget"}
+#: What a pool takes and a group does not, and what to do instead.
+REFUSED: Final = {
+    "initial_connections": "use min_idle, and wait_ready() of the pool",
+    "options": "give them to connection() or pool()",
+}
 
 
 class Endpoint(Pool[C]):
@@ -42,6 +46,11 @@ class Endpoint(Pool[C]):
         self._calls: list[tuple[Any, ...]] = []  # that the group has noted
         self._empty_since: float | None = None
         super().__init__(*arguments, **settings)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_upkeep"):
+            self._rounds.disown(self)
+        super().__del__()
 
     def _keeper(self) -> Keeper:
         return self._rounds
@@ -64,9 +73,10 @@ class PoolGroup(Generic[C]):
     :param max_connections: most sockets of one endpoint.
     :param max_total: most sockets of all endpoints; None: no such cap. See :class:`~gsocketpool.Budget` for who gets
         one when there are no more.
-    :param key: called with the options; its answer says which endpoint they mean. The options with which an endpoint
-        was asked for first are those with which its connections are made. None: options that are equal, in whichever
-        order, mean the same endpoint.
+    :param key: called with the options; its answer says which endpoint they mean, and must be the same each time for
+        the same options: it is not asked each time. The options with which an endpoint was asked for first are those
+        with which its connections are made. None: options that are equal, in whichever order, mean the same endpoint;
+        1, 1.0 and True are equal.
     :param forget_after: seconds; the pool of an endpoint that has no connection and no waiter for so long is
         forgotten, with its counts. Whoever still refers to it can go on using it.
     :param name: what logs, errors and ``repr()`` call this group. Its pools are called so too, and by their ``host``
@@ -101,11 +111,11 @@ class PoolGroup(Generic[C]):
             raise TypeError(f"key must be a function of the options or None, not {key!r}")
         if max_total is not None and budget is not None:
             raise ValueError("max_total and budget are two ways to say the same: give one of them")
+        if not isinstance(budget, Budget | None):
+            raise TypeError(f"budget must be a Budget or None, not {budget!r}")
         seconds("forget_after", forget_after, zero=True)
-        known = {field.name for field in fields(Settings)} - OWN
-        for unknown in pool_options.keys() - known:
-            advice = "use min_idle and wait_ready()" if unknown == "initial_connections" else "a pool has none"
-            raise TypeError(f"a group takes no {unknown!r}: {advice}; it takes {', '.join(sorted(known))}")
+        for unknown in pool_options.keys() - {field.name for field in fields(Settings)} | pool_options.keys() & REFUSED:
+            raise TypeError(f"a group takes no {unknown}: {REFUSED.get(unknown, 'nor does a Pool')}")
         if max_total is not None:
             budget = Budget(max_total)
         if max_connecting is None:
@@ -127,11 +137,14 @@ class PoolGroup(Generic[C]):
         self._settings = settings
         self._budget = budget
         self._closed = False
+        self._home = get_ident()
+        self._numbers = itertools.count(1)
         self._rounds = _GroupRounds(self)
         self._pools: dict[Hashable, Endpoint[C]] = {}
         # Forgotten, but somebody may still refer to one; and then it must not be made a second time.
         self._known: weakref.WeakValueDictionary[Hashable, Endpoint[C]] = weakref.WeakValueDictionary()
         self._by_call: dict[tuple[Any, ...], Endpoint[C]] = {}
+        self._leaving: list[Endpoint[C]] = []  # closed, and something of it is still lent
 
     def connection(self, timeout: float | EllipsisType | None = ..., /, **options: Any) -> Lease[C]:
         """A context manager that borrows a connection to the endpoint which the options say, and gives it back.
@@ -142,33 +155,41 @@ class PoolGroup(Generic[C]):
         :raises TypeError: two sets of options could not be told apart, since one has a value that cannot be hashed.
         """
         try:
-            pool = self._by_call[tuple(options.items())]
+            pool: Pool[C] = self._by_call[tuple(options.items())]
         except (KeyError, TypeError):
-            return self.pool(**options).connection(timeout)
+            pool = self.pool(**options)
         return pool._lease(pool, timeout)
 
-    def pool(self, **options: Any) -> Pool[C]:
-        """The pool of the endpoint which the options say. The same one each time, as long as somebody uses it.
+    def pool(self, /, **options: Any) -> Pool[C]:
+        """The pool of the endpoint which the options say. The same one each time, as long as there is anything in it,
+        or somebody refers to it.
 
-        :param options: keyword arguments for the factory.
-        :raises PoolClosedError: the group is closed.
+        :param options: keyword arguments for the factory; a copy is kept.
+        :raises PoolClosedError: the group is closed. What was borrowed before that can still be given back.
+        :raises PoolError: the group was made in another thread.
         :raises TypeError: two sets of options could not be told apart, since one has a value that cannot be hashed.
         """
+        if get_ident() != self._home:
+            raise PoolError(f"{self._label} was made in another thread: make one in each thread")
         key = _frozen(options) if self._key is None else self._key(**options)
-        try:
-            pool = self._pools.get(key) or self._known.get(key)
-        except TypeError:
-            raise TypeError(f"key must answer something that can be hashed, not {key!r}") from None
-        if self._closed:
-            raise PoolClosedError(f"{self._label} is closed")
-        if pool is None or pool.closed:
-            pool = Endpoint(
-                self._rounds, key, self._factory, _copied(options), name=self._name_for(options), **self._settings
-            )
-            self._known[key] = pool
-        self._pools[key] = pool
+        if not _is_hashable(key):
+            raise TypeError(f"key must answer something that can be hashed, not a {type(key).__name__}")
+        pool = self._pools.get(key)
+        if pool is None:
+            pool = self._known.get(key)
+            if self._closed and pool is not None and pool.in_use:
+                return pool
+            if self._closed:
+                raise PoolClosedError(f"{self._label} is closed")
+            if pool is None or pool.closed:
+                name = self._name_for(options)
+                pool = Endpoint(self._rounds, key, self._factory, _copied(options), name=name, **self._settings)
+                self._known[key] = pool
+            self._pools[key] = pool
+            pool._empty_since = None
+            pool._upkeep.hurry(pool, monotonic())
         call = tuple(options.items())
-        if len(pool._calls) < MOST_CALLS and _is_hashable(call):
+        if len(pool._calls) < MOST_CALLS and _is_hashable(call) and call not in self._by_call:
             pool._calls.append(call)
             self._by_call[call] = pool
         return pool
@@ -236,22 +257,26 @@ class PoolGroup(Generic[C]):
 
     def _name_for(self, options: Mapping[str, Any]) -> str:
         """No other options than these: there may be a password among them."""
-        if "host" in options:
-            where = f"{options['host']}:{options['port']}" if "port" in options else str(options["host"])
-        elif "path" in options:
-            where = str(options["path"])
+        where = options.get("host", options.get("path"))
+        if isinstance(where, (str, bytes)):
+            where = os.fsdecode(where).replace("\0", "@")
+            if "host" in options and "port" in options:
+                where += f":{options['port']}"
         else:
-            where = f"endpoint {len(self._known) + 1}"
+            where = f"endpoint {next(self._numbers)}"
         return f"{self._name} {where}" if self._name else where
 
     def _alive(self) -> list[Endpoint[C]]:
-        return list({**dict(self._known), **self._pools}.values())
+        self._leaving = [pool for pool in self._leaving if pool.total]
+        return list(
+            {id(pool): pool for pool in (*self._leaving, *self._known.values(), *self._pools.values())}.values()
+        )
 
     def _tended(self, pool: Endpoint[C], pause: float) -> float:
         """Forget it, if it has been empty for so long."""
         if not pool.is_empty():
             pool._empty_since = None
-            return pause
+            return min(pause, max(self._forget_after, COARSEST_TICK))
         now = monotonic()
         if pool._empty_since is None:
             pool._empty_since = now
@@ -272,15 +297,25 @@ class PoolGroup(Generic[C]):
 class _GroupRounds(Rounds):
     """Tends the pools of a group, and has it forget those that stay empty."""
 
+    insists = True
+
     def __init__(self, group: PoolGroup[Any]) -> None:
         super().__init__()
         self._group = weakref.ref(group)
 
     def let_go(self, pool: BlockingPool[Any]) -> None:
         group = self._group()
-        if group is not None:
-            group._forget(pool)  # type: ignore[arg-type]
+        if group is not None and group._pools.get(pool._key) is pool:  # type: ignore[attr-defined]
+            group._forget(pool)
+            group._leaving = [each for each in group._leaving if each.total]
+            group._leaving.append(pool)
         super().let_go(pool)
+
+    def disown(self, pool: Endpoint[Any]) -> None:
+        """Nobody refers to it any more. It must not be found again while it goes."""
+        group = self._group()
+        if group is not None and group._known.get(pool._key) is pool:
+            del group._known[pool._key]
 
     def tended(self, pool: BlockingPool[Any], pause: float) -> float:
         group = self._group()
@@ -318,8 +353,16 @@ def _freeze(name: str, value: Any) -> Hashable:
 
 def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
     """So that a list or the like that the caller changes later does not change what is dialled."""
-    containers = (dict, list, tuple, set, bytearray)
-    return {
-        name: copy.deepcopy(value) if isinstance(value, containers) and not _is_hashable(value) else value
-        for name, value in options.items()
-    }
+    return {name: value if _is_hashable(value) else _copy(value) for name, value in options.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_copy(each) for each in value]
+    if type(value) is tuple:
+        return tuple(_copy(each) for each in value)
+    if isinstance(value, (set, bytearray)):
+        return type(value)(value)
+    return value

@@ -30,7 +30,7 @@ READ: Final = 1  # gevent's flag for an io watcher
 LONGEST_DOZE: Final = 86_400.0
 SHORTEST_DOZE: Final = 0.001
 
-_thread = get_original("_thread", "get_ident")
+get_ident = get_original("_thread", "get_ident")
 
 
 class Pool(BlockingPool[C]):
@@ -107,7 +107,7 @@ class Pool(BlockingPool[C]):
         self._hub = get_hub()
         self._timer = self._hub.loop.timer
         self._run_callback = self._hub.loop.run_callback
-        self._home = _thread()
+        self._home = get_ident()
         self._patient: deque[Place[C]] = deque()  # parked until their deadlines, which are in this order
         self._crowd = 16  # as many may stand among them who have left, and so many more as do stand there
         self._alarm: Any = None  # goes off when the first of them is due, or earlier; set while there is one
@@ -186,7 +186,7 @@ class Pool(BlockingPool[C]):
             place.waiter = None
 
     def _spawn(self, job: Callable[..., object], *args: object) -> object:
-        if _thread() == self._home:
+        if get_ident() == self._home:
             return _begin(job, args)
         loop = self._hub.loop
         if loop is not None:  # the collector runs in whichever thread it pleases

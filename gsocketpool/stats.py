@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 __all__ = ["GroupStats", "Holder", "PoolStats"]
@@ -74,7 +74,7 @@ class GroupStats:
     :ivar max_total: the cap on all their sockets, None if there is none.
     """
 
-    endpoints: Mapping[Hashable, PoolStats]
+    endpoints: Mapping[Hashable, PoolStats] = field(repr=False)  # there may be passwords among the options
     max_total: int | None
 
     @property

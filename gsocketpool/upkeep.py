@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from heapq import heappop, heappush
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from gsocketpool.core import INSPECTED, Member, Place, new_place
 from gsocketpool.lifetime import NEVER, equal_jitter, full_jitter
@@ -26,6 +26,9 @@ FINEST_TICK: Final = 0.02
 
 #: The longest time between two ticks, where what was lent must be made up for, or a peer's hanging up be noticed.
 COARSEST_TICK: Final = 0.25
+
+#: So many pools are tended by one job before it lets others run.
+MOST_TENDED: Final = 100
 
 #: How often an idle connection may have something to read and pass its check, until it is no longer watched: a check
 #: that does not look at what has arrived would otherwise be asked at each tick.
@@ -51,7 +54,7 @@ class Upkeep:
     def begin(self, pool: BlockingPool[Any]) -> None:
         """Tend the pool from now on, if there is anything to do for it."""
         wished = self._settings.max_lifetime is not None or self._settings.breaker is not None
-        if wished or min(self._tick, self._reap_every) < NEVER:
+        if wished or self._keeper.insists or min(self._tick, self._reap_every) < NEVER:
             now = monotonic()
             pool.cool(now)
             self._next_tick = now + self._tick
@@ -230,6 +233,9 @@ def tend(pool: BlockingPool[Any]) -> float:
 class Keeper:
     """Who tends pools when it is time. It holds them by weak references, and is called by them."""
 
+    #: Whether it wants to tend a pool for which there is nothing to do.
+    insists: ClassVar[bool] = False
+
     def keep(self, pool: BlockingPool[Any]) -> None:
         """Tend this pool from now on."""
         raise NotImplementedError
@@ -293,28 +299,37 @@ class Rounds(Keeper):
         return pause
 
     def _go_round(self, doze: Callable[[Place[Any], float], None]) -> None:
+        self._begun = True  # again, if it was killed; then the runtime has begun it anew
         try:
-            while (pause := self._tend_all()) is not None:
+            while (pause := self._tend_some()) is not None:
                 doze(self._alarm, pause)
-        finally:
+        except (KeyboardInterrupt, SystemExit):
             self._begun = False
+            raise
+        self._begun = False
 
-    def _tend_all(self) -> float | None:
-        """Tend all that are due. Answers the seconds until the next is; None if none ever will be."""
+    def _tend_some(self) -> float | None:
+        """Tend those that are due, but not so many at once that everybody else must wait for it. Answers the seconds
+        until the next is due; None if none ever will be."""
+        now = monotonic()
+        left = MOST_TENDED
         while self._due:
             when, _, ref = self._due[0]
             pool: BlockingPool[Any] | None = ref()
             if pool is None or pool.closed or when != pool._upkeep.wakes_at:
                 heappop(self._due)  # it is gone, or there is another entry for it
                 continue
-            left = when - monotonic()
-            if left > 0:
-                return left
+            if when > now or not left:
+                return max(0.0, when - monotonic())
+            left -= 1
             heappop(self._due)
-            pause = self.tended(pool, tend(pool))
-            pool._upkeep.wakes_at = monotonic() + pause
-            if pause < NEVER:
-                self._put_down(pool._upkeep.wakes_at, pool)
+            pause = COARSEST_TICK
+            try:
+                pause = self.tended(pool, tend(pool))
+            finally:
+                pool._upkeep.wakes_at = monotonic() + pause
+                if pause < NEVER:
+                    self._put_down(pool._upkeep.wakes_at, pool)
         return None
 
     def _put_down(self, when: float, pool: BlockingPool[Any]) -> None:

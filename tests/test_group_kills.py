@@ -10,17 +10,27 @@ endpoints they ask for, and after ``group.close()`` no server has a socket left.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import fcntl
+import gc
+import itertools
+import os
+import random
+import socket as std_socket
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import gevent
+import gevent.os
 import pytest
+from gevent import subprocess
 from gevent.event import Event
 
-from gsocketpool import Pool, PoolError, PoolGroup
-from gsocketpool.budget import Budget
+from gsocketpool import BreakerOpenError, Budget, Pool, PoolError, PoolGroup
 from tests.knife import ASLEEP, WAKING, Knife
-from tests.servers import LineEchoServer
+from tests.servers import LineEchoServer, refused_port
 from tests.test_kills import THROWN, Line, SlowToCheck, SlowToClose, SlowToOpen, SlowToReset
 
 BOUND = 5.0
@@ -133,7 +143,11 @@ class Town:
             with self.pools[number].connection(timeout=BOUND) as connection:
                 entered.append(number)
                 assert self.letting_go.wait(BOUND), "nobody let go"
-                connection.ask(self.text())
+                try:
+                    connection.ask(self.text())
+                except OSError:
+                    if not self.group.closed:  # under its hands, maybe
+                        raise
 
         holding = [gevent.spawn(keep, number) for number in numbers]
         wait_for(lambda: len(entered) == len(numbers) or any(each.ready() for each in holding), "all hold one")
@@ -154,7 +168,7 @@ class Town:
             for number in numbers:
                 try:
                     self.borrow(number)
-                except (PoolError, gevent.Timeout):
+                except (PoolError, OSError, gevent.Timeout):
                     # What befell a dial is told to the borrower for whom it was made, and to nobody else.
                     if not self.group.closed and self.victim_does != "open":
                         raise
@@ -386,7 +400,7 @@ SCENARIOS: dict[
         SlowToClose,
         "borrow",
         {},
-        idle_in(B, B, C),
+        lent_in(B, B, C),
         [(A, C), (B, A)],
     ),
     "the close of what makes room": (borrowing, SlowToClose, "close", {}, idle_in(B, B, C), [(C, A)]),
@@ -462,3 +476,728 @@ def test_g1_g2_g3_g4_a_kill_at_any_switch_point_costs_no_endpoint_anything(
         strikes += knife.struck
     assert strikes == count.points
     assert len(logged.take()) <= strikes  # G12: a dial or a close that was killed is logged once
+
+
+class Quiet:
+    """A world in which nobody is the victim."""
+
+    expired = False
+
+    def aim(self, doing: str) -> None:
+        """At nobody."""
+
+
+def of_its_own(kind: type[Line]) -> type[Line]:
+    """The class, for tests in which nobody is the victim."""
+    return type(kind.__name__, (kind,), {"world": Quiet()})
+
+
+def at(house: House) -> dict[str, Any]:
+    return {"host": house.host, "port": house.port}
+
+
+# A storm: whoever comes, is killed or runs out of time, wherever.
+
+
+class Storm:
+    """Many who borrow from all the pools, a third of whom are killed or run out of time."""
+
+    def __init__(self, rng: random.Random, street: Street, budget: Budget, pools: Sequence[Pool[Line]]) -> None:
+        self.rng = rng
+        self.street = street
+        self.budget = budget
+        self.pools = pools
+        self.served = 0
+        self.over = False
+
+    def use(self, name: str, turns: int, short: bool) -> None:
+        for turn in range(turns):
+            limit = self.rng.random() * 0.01 if short else None
+            try:
+                with gevent.Timeout(limit), self.pick().connection(timeout=4 * BOUND) as connection:
+                    for part in range(self.rng.randrange(1, 4)):
+                        connection.ask(f"{name} {turn} {part}")
+                    self.served += 1
+            except (PoolError, OSError, gevent.Timeout):
+                pass
+            gevent.sleep(0)
+
+    def pick(self) -> Pool[Line]:
+        return self.rng.choice(self.pools)
+
+    def watch(self) -> None:
+        while not self.over:
+            look(self.budget, self.pools)
+            gevent.sleep(0.001)
+
+    def hang_up(self) -> None:
+        while not self.over:
+            gevent.sleep(self.rng.random() * 0.02)
+            self.rng.choice(self.street.houses).hang_up()
+
+    def rage(self, count: int, *more: Callable[[], None], hang_up: bool = True) -> None:
+        """Until all have had their turns, or were killed."""
+        more = (*more, self.watch, *([self.hang_up] if hang_up else []))
+        weather = [gevent.spawn(each) for each in more]
+        users = [
+            gevent.spawn(self.use, f"user {number}", 3, number % 6 == 0 and self.rng.random() < 0.9)
+            for number in range(count)
+        ]
+        doomed = self.rng.sample(users, count // 6)
+        for each in doomed:
+            gevent.sleep(self.rng.random() * 0.004)
+            each.kill(self.rng.choice([gevent.GreenletExit, gevent.Timeout()]), block=False)
+        gevent.joinall(users, timeout=12 * BOUND)
+        assert all(user.ready() for user in users), "somebody is never served"
+        for user in users:
+            if not user.successful() and not isinstance(user.exception, gevent.Timeout):
+                user.get()
+        self.over = True
+        gevent.joinall(weather, timeout=BOUND, raise_error=True)
+        assert all(each.successful() for each in weather)
+
+    def afterwards(self, total: int) -> None:
+        """Nothing was lost: so many are served at once, shared out at random."""
+        settle(self.budget, self.pools)
+        assert self.served > 0
+        for _ in range(3):
+            room = [pool for pool in self.pools for _ in range(pool.stats().max_connections)]
+            entered: list[int] = []
+            everybody = Event()
+
+            def use(pool: Pool[Line], entered: list[int] = entered, everybody: Event = everybody) -> None:
+                with patiently(pool) as connection:
+                    entered.append(id(connection))
+                    if len(entered) == total:
+                        everybody.set()
+                    assert everybody.wait(BOUND), "fewer than max_total are served at once"
+                    connection.ask(f"number {len(entered)}")
+
+            chosen = self.rng.sample(room, total)
+            gevent.joinall([gevent.spawn(use, pool) for pool in chosen], timeout=2 * BOUND, raise_error=True)
+            assert len(set(entered)) == total
+            settle(self.budget, self.pools)
+
+
+@contextlib.contextmanager
+def patiently(pool: Pool[Line]) -> Iterator[Line]:
+    """Borrow, when the breaker lets it be."""
+    with contextlib.ExitStack() as stack, gevent.Timeout(BOUND, AssertionError("the breaker never closes")):
+        while True:
+            try:
+                connection = stack.enter_context(pool.connection(timeout=BOUND))
+                break
+            except BreakerOpenError:
+                gevent.sleep(0.001)
+    try:
+        yield connection
+    finally:
+        stack.close()
+
+
+@pytest.mark.parametrize("kind", [SlowToOpen, SlowToClose, SlowToReset])
+@pytest.mark.parametrize("breaker", [None, 3])
+def test_g1_g3_g4_a_storm_over_many_endpoints(
+    kind: type[Line], breaker: int | None, rng: random.Random, logged: Any
+) -> None:
+    with Street(6) as street:
+        group: PoolGroup[Line] = PoolGroup(
+            of_its_own(kind), max_connections=4, max_total=8, breaker=breaker, backoff=(0.005, 0.01)
+        )
+        assert group.budget is not None
+        pools = [group.pool(**at(house)) for house in street.houses]
+        storm = Storm(rng, street, group.budget, pools)
+        storm.rage(200)
+        storm.afterwards(8)
+        assert street.most <= 8
+        assert all(house.most <= 4 for house in street.houses)
+        group.close()
+        street.wait_all_closed()
+        settle(group.budget, pools)
+        assert group.budget.used == 0
+        logged.take()  # dials that were hung up on while nobody waited for them
+
+
+def test_g1_g4_several_plain_pools_share_one_budget_in_a_storm(rng: random.Random, logged: Any) -> None:
+    with Street(4) as street:
+        budget = Budget(5)
+        pools = [
+            Pool(of_its_own(SlowToClose), at(house), max_connections=cap, max_connecting=cap, budget=budget)
+            for house, cap in zip(street.houses, (1, 2, 3, 4), strict=True)
+        ]
+        storm = Storm(rng, street, budget, pools)
+        storm.rage(100)
+        storm.afterwards(5)
+        assert street.most <= 5
+        assert [house.most <= cap for house, cap in zip(street.houses, (1, 2, 3, 4), strict=True)] == [True] * 4
+        for pool in pools:
+            pool.close()
+        street.wait_all_closed()
+        settle(budget, pools)
+        assert budget.used == 0
+        logged.take()
+
+
+def test_g1_g4_two_groups_and_a_pool_share_one_budget_in_a_storm(rng: random.Random, logged: Any) -> None:
+    with Street(3) as street:
+        budget = Budget(5)
+        groups: list[PoolGroup[Line]] = [
+            PoolGroup(of_its_own(kind), max_connections=2, budget=budget, breaker=None)
+            for kind in (SlowToOpen, SlowToClose)
+        ]
+        alone = Pool(of_its_own(SlowToReset), at(street.houses[0]), max_connections=2, budget=budget)
+        pools = [group.pool(**at(house)) for group in groups for house in street.houses]
+        storm = Storm(rng, street, budget, [*pools, alone])
+        storm.rage(100)
+        storm.afterwards(5)
+        assert street.most <= 5
+        groups[0].close()
+        assert budget.used == sum(pool.size for pool in (*groups[1].pools, alone))
+        with groups[1].connection(BOUND, **at(street.houses[0])) as connection:
+            connection.ask("the other group goes on")
+        groups[1].close()
+        alone.close()
+        street.wait_all_closed()
+        settle(budget, [*pools, alone])
+        assert budget.used == 0
+        logged.take()
+
+
+def test_g1_g4_a_budget_is_resized_under_load(rng: random.Random, logged: Any) -> None:
+    with Street(3) as street:
+        group: PoolGroup[Line] = PoolGroup(of_its_own(SlowToClose), max_connections=4, max_total=6, breaker=None)
+        budget = group.budget
+        assert budget is not None
+        pools = [group.pool(**at(house)) for house in street.houses]
+        storm = Storm(rng, street, budget, pools)
+
+        def resize() -> None:
+            while not storm.over:
+                before = budget.used
+                budget.resize(rng.randrange(1, 7))
+                for _ in range(rng.randrange(20)):
+                    assert budget.used <= max(before, budget.max_total), "it grew beyond the new total"
+                    before = budget.used
+                    gevent.sleep(0)
+
+        storm.rage(100, resize)
+        assert street.most <= 6
+        budget.resize(6)
+        storm.afterwards(6)
+        budget.resize(2)
+        wait_for(lambda: budget.used <= 2, "idle connections went")
+        settle(budget, pools)
+        storm.afterwards(2)
+        group.close()
+        street.wait_all_closed()
+        logged.take()
+
+
+# Limits that are kept elsewhere.
+
+
+class Counter:
+    """A limit that others draw on too."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+
+
+class Counted(Budget):
+    def __init__(self, max_total: int, counter: Counter) -> None:
+        super().__init__(max_total)
+        self.counter = counter
+
+    def _take(self) -> bool:
+        if self.counter.taken >= self.counter.limit:
+            return False
+        self.counter.taken += 1
+        return True
+
+    def _give_back(self) -> None:
+        self.counter.taken -= 1
+        assert self.counter.taken >= 0
+
+
+def test_g1_g4_a_limit_kept_elsewhere_holds_for_two_groups_in_a_storm(rng: random.Random, logged: Any) -> None:
+    """Two budgets know nothing of each other, but for a counter; somebody else draws on it too."""
+    with Street(3) as street:
+        counter = Counter(6)
+        groups: list[PoolGroup[Line]] = [
+            PoolGroup(of_its_own(SlowToClose), max_connections=3, budget=Counted(5, counter), breaker=None, max_uses=2)
+            for _ in range(2)
+        ]
+        storms = []
+        for group in groups:
+            assert group.budget is not None
+            storms.append(Storm(rng, street, group.budget, [group.pool(**at(house)) for house in street.houses]))
+
+        def somebody_else() -> None:
+            while not all(storm.over for storm in storms):
+                if counter.taken < counter.limit:
+                    counter.taken += 1
+                    gevent.sleep(rng.random() * 0.005)
+                    counter.taken -= 1
+                gevent.sleep(rng.random() * 0.005)
+
+        def replenish() -> None:
+            while not all(storm.over for storm in storms):
+                for storm in storms:
+                    storm.budget.replenished()
+                gevent.sleep(0.001)
+
+        others = [gevent.spawn(somebody_else), gevent.spawn(replenish)]
+        raging = [gevent.spawn(storm.rage, 60) for storm in storms]
+        gevent.joinall([*raging, *others], raise_error=True)
+        for storm in storms:
+            settle(storm.budget, storm.pools)
+        assert street.most <= 6
+        assert counter.taken == sum(storm.budget.used for storm in storms)
+        groups[0].close()
+        storms[1].budget.replenished()
+        storms[1].afterwards(5)
+        groups[1].close()
+        street.wait_all_closed()
+        for storm in storms:
+            settle(storm.budget, storm.pools)
+        assert counter.taken == 0
+        logged.take()
+
+
+def test_who_waits_for_a_limit_kept_elsewhere_is_dialled_for_as_soon_as_it_is_replenished() -> None:
+    with Street(2) as street:
+        counter = Counter(1)
+        counter.taken = 1  # somebody else's
+        budget = Counted(5, counter)
+        pools = [Pool(of_its_own(Line), at(house), budget=budget) for house in street.houses]
+        served: list[int] = []
+
+        def use(number: int) -> None:
+            with pools[number].connection(timeout=BOUND) as connection:
+                served.append(number)
+                connection.ask("at last")
+
+        waiters = []
+        for number in (1, 0, 1):
+            waiters.append(gevent.spawn(use, number))
+            wait_for(lambda: sum(pool.waiting for pool in pools) == len(waiters), "he waits")
+        assert (served, budget.used) == ([], 0)
+        look(budget, pools)
+        counter.taken = 0
+        budget.replenished()
+        gevent.joinall(waiters, timeout=BOUND, raise_error=True)
+        assert served == [1, 0, 1]
+        assert street.most == 1
+        for pool in pools:
+            pool.close()
+        street.wait_all_closed()
+        wait_for(lambda: counter.taken == 0, "it is given back")
+
+
+def test_g9_a_pool_that_is_collected_gives_its_units_back_wherever_they_came_from() -> None:
+    with Street(2) as street:
+        counter = Counter(3)
+        budget = Counted(3, counter)
+        going, staying = (Pool(of_its_own(Line), at(house), budget=budget) for house in street.houses)
+        lent = [going.acquire(timeout=BOUND) for _ in range(2)]
+        with going.connection(timeout=BOUND):
+            pass
+        lent[0].ask("what is lent by hand goes on")
+        waiting = gevent.spawn(staying.acquire, timeout=BOUND)
+        kept = waiting.get(timeout=BOUND)
+        assert (budget.used, counter.taken) == (3, 3)
+        del going
+        gc.collect()
+        wait_for(lambda: budget.used == 1, "its units are free")
+        look(budget, [staying])
+        for connection in lent:
+            connection.close()
+        assert counter.taken == 1
+        staying.release(kept)
+        staying.close()
+        street.wait_all_closed()
+        wait_for(lambda: budget.used == counter.taken == 0, "all is given back")
+
+
+# Turns
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+@pytest.mark.parametrize("lets_go", ["whoever came first", "whoever came last"])
+def test_g5_over_all_endpoints_whoever_comes_first_is_served_first(total: int, lets_go: str) -> None:
+    """All interleavings of four borrowers at three endpoints, of which so many may have one at once."""
+    with Street(3) as street:
+        for arrivals in itertools.product(range(3), repeat=4):
+            group: PoolGroup[Line] = PoolGroup(
+                of_its_own(Line), max_connections=total, max_total=total, max_connecting=total
+            )
+            budget = group.budget
+            assert budget is not None
+            entered: list[int] = []
+            leaving = [Event() for _ in range(total + len(arrivals))]
+
+            def use(
+                order: int,
+                number: int,
+                group: PoolGroup[Line] = group,
+                entered: list[int] = entered,
+                leaving: list[Event] = leaving,
+            ) -> None:
+                with group.connection(BOUND, **at(street.houses[number])) as connection:
+                    entered.append(order)
+                    assert leaving[order].wait(2 * BOUND)
+                    connection.ask(f"number {order}")
+
+            users = [gevent.spawn(use, order, order % 3) for order in range(total)]
+            wait_for(lambda entered=entered: len(entered) == total, "the total is used up")
+            for order, number in enumerate(arrivals, total):
+                users.append(gevent.spawn(use, order, number))
+                wait_for(lambda group=group, order=order: group.stats().waiting == order - total + 1, "he waits")
+            inside = deque(sorted(entered))
+            for come in range(total, len(users)):
+                leaving[inside.popleft() if lets_go == "whoever came first" else inside.pop()].set()
+                wait_for(lambda entered=entered, come=come: len(entered) > come, f"number {come} is served")
+                assert sorted(entered) == list(range(come + 1)), arrivals
+                settled = [pool for pool in group.pools if pool.total != pool.size]
+                wait_for(lambda settled=settled: all(pool.total == pool.size for pool in settled), "it is quiet")
+                assert len(entered) == come + 1
+                inside.append(come)
+                look(budget, group.pools)
+            for event in leaving:
+                event.set()
+            gevent.joinall(users, timeout=BOUND, raise_error=True)
+            group.close()
+            street.wait_all_closed()
+        assert street.most <= total
+
+
+def test_g5_who_waits_only_for_his_own_full_endpoint_keeps_nobody_waiting_elsewhere() -> None:
+    with Street(3) as street:
+        group: PoolGroup[Line] = PoolGroup(of_its_own(Line), max_connections=1, max_total=3)
+        budget = group.budget
+        assert budget is not None
+        pools = [group.pool(**at(house)) for house in street.houses]
+        busy = pools[A].acquire(timeout=BOUND)
+        waiting = [gevent.spawn(pools[A].acquire, timeout=BOUND) for _ in range(2)]
+        wait_for(lambda: pools[A].waiting == 2, "they wait")
+        with pools[B].connection(timeout=BOUND) as connection:
+            connection.ask("a unit was free")
+        with pools[B].connection(timeout=0) as connection:
+            connection.ask("a connection idled")
+        with pools[C].connection(timeout=BOUND) as connection, pools[B].connection(timeout=0) as other:
+            connection.ask("the last unit")
+            other.ask("while the other is used")
+        assert (pools[A].waiting, budget.used) == (2, 3)
+        assert sum(group.stats().endpoints[key].closed["evicted"] for key in group.stats().endpoints) == 0
+        for each in waiting:
+            pools[A].release(busy)
+            busy = each.get(timeout=BOUND)
+        pools[A].release(busy)
+        assert street.houses[A].accepted == 1
+        group.close()
+        street.wait_all_closed()
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_g5_nobody_starves_while_another_endpoint_hands_over_without_end(total: int) -> None:
+    with Street(2) as street:
+        group: PoolGroup[Line] = PoolGroup(of_its_own(Line), max_connections=total, max_total=total)
+        budget = group.budget
+        assert budget is not None
+        busy, other = (group.pool(**at(house)) for house in street.houses)
+        over = False
+        turns = 0
+
+        def hand_over() -> None:
+            nonlocal turns
+            while not over:
+                with busy.connection(timeout=None) as connection:
+                    turns += 1
+                    connection.ask(f"turn {turns}")
+
+        crowd = [gevent.spawn(hand_over) for _ in range(4 * total)]
+        wait_for(lambda: turns > 10 * total, "the crowd is at it")
+        for _ in range(20):
+            assert busy.waiting > 0
+            before = turns
+            ahead = busy.waiting
+            evicted = busy.stats().closed["evicted"]
+            arrived = gevent.spawn(other.acquire, timeout=BOUND)
+            wait_for(lambda evicted=evicted: busy.stats().closed["evicted"] > evicted, "one was closed for him")
+            assert turns - before <= ahead, "who came later had a connection before one was closed for him"
+            connection = arrived.get(timeout=BOUND)
+            connection.ask("served")
+            other.release(connection)
+            wait_for(lambda: other.idle == 0 and busy.waiting > 0, "the crowd has it back")
+            look(budget, group.pools)
+        over = True
+        gevent.joinall(crowd, timeout=BOUND, raise_error=True)
+        settle(budget, group.pools)
+        assert street.most <= total
+        group.close()
+        street.wait_all_closed()
+
+
+def test_one_connection_is_closed_for_one_who_waits_whatever_became_of_those_before_him() -> None:
+    """What the one before him was granted is dropped before he has it."""
+    with Street(2) as street:
+        group: PoolGroup[Line] = PoolGroup(of_its_own(Line), max_connections=3, max_total=3, max_connecting=3)
+        budget = group.budget
+        assert budget is not None
+        here, there = (group.pool(**at(house)) for house in street.houses)
+        first = here.acquire(timeout=BOUND)
+        others = [there.acquire(timeout=BOUND) for _ in range(2)]
+        early, late = (gevent.spawn(here.acquire, timeout=BOUND) for _ in range(2))
+        wait_for(lambda: here.waiting == 2, "both wait")
+        here.release(first)  # granted to `early`, who does not run before this has been dropped
+        here.drop(first)
+        granted = early.get(timeout=BOUND)
+        for each in others:
+            there.release(each)
+        granted_too = late.get(timeout=BOUND)
+        assert (there.stats().closed["evicted"], there.idle) == (1, 1)
+        for each in (granted, granted_too):
+            here.release(each)
+        settle(budget, group.pools)
+        group.close()
+        street.wait_all_closed()
+
+
+# Endpoints that are leaking, slow or down
+
+
+def test_a_leaking_endpoint_takes_no_more_than_its_cap(rng: random.Random) -> None:
+    with Street(4) as street:
+        group: PoolGroup[Line] = PoolGroup(of_its_own(Line), max_connections=2, max_total=5)
+        budget = group.budget
+        assert budget is not None
+        pools = [group.pool(**at(house)) for house in street.houses]
+        leaked = [pools[A].acquire(timeout=BOUND) for _ in range(2)]
+        in_vain = [gevent.spawn(pools[A].acquire, timeout=None) for _ in range(20)]
+        wait_for(lambda: pools[A].waiting == 20, "they wait in vain")
+        storm = Storm(rng, street, budget, pools[1:])
+        storm.watch = lambda: None  # type: ignore[method-assign]
+        storm.rage(60, hang_up=False)
+        assert pools[A].waiting == 20
+        assert pools[A].stats().closed["evicted"] == 0
+        look(budget, pools)
+        gevent.killall(in_vain)
+        wait_for(lambda: all(pool.total == pool.size for pool in pools), "it is quiet")
+        keeping = [pools[number].acquire(timeout=BOUND) for number in (B, B, C)]
+        assert budget.used == 5
+        for number, connection in zip((B, B, C), keeping, strict=True):
+            pools[number].release(connection)
+        for connection in leaked:
+            pools[A].drop(connection)
+        group.close()
+        street.wait_all_closed()
+        assert (budget.used, street.houses[A].most, street.most <= 5) == (0, 2, True)
+
+
+def test_an_endpoint_whose_dials_hang_takes_no_more_than_it_may_dial_at_once(rng: random.Random, logged: Any) -> None:
+    with Street(3) as street, std_socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(64)  # and never accepts: who connects is connected, and hears nothing
+        group: PoolGroup[Line] = PoolGroup(of_its_own(SlowToOpen), max_connections=6, max_total=8)
+        budget = group.budget
+        assert budget is not None
+        pools = [group.pool(**at(house)) for house in street.houses]
+        hanging = group.pool(host="127.0.0.1", port=deaf.getsockname()[1])
+        in_vain = [gevent.spawn(hanging.acquire, timeout=None) for _ in range(20)]
+        wait_for(lambda: hanging.waiting == 20, "they wait in vain")
+        assert hanging.stats().opening == 2
+        storm = Storm(rng, street, budget, pools)
+        storm.watch = lambda: None  # type: ignore[method-assign]
+        storm.rage(60, hang_up=False)
+        look(budget, group.pools)
+        assert hanging.stats().opening == 2
+        with contextlib.ExitStack() as stack:
+            for number in (A, A, A, B, B, C):
+                stack.enter_context(pools[number].connection(timeout=BOUND)).ask("a full share")
+            assert budget.used == 8
+        gevent.killall(in_vain)
+        assert hanging.stats().opening == 2
+        deaf.close()
+        wait_for(lambda: hanging.total == 0, "the dials have failed")
+        storm.afterwards(8)
+        group.close()
+        street.wait_all_closed()
+        assert budget.used == 0
+        logged.take()
+
+
+def test_one_trial_dial_to_an_endpoint_that_is_down_costs_the_others_one_connection(logged: Any) -> None:
+    with Street(1) as street:
+        group: PoolGroup[Line] = PoolGroup(
+            of_its_own(Line), max_connections=4, max_total=4, max_connecting=4, breaker=1, backoff=(60, 60)
+        )
+        budget = group.budget
+        assert budget is not None
+        up = group.pool(**at(street.houses[0]))
+        down = group.pool(host="127.0.0.1", port=refused_port())
+        with pytest.raises(ConnectionRefusedError):
+            down.acquire(timeout=BOUND)
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(up.connection(timeout=BOUND))
+        down.clear()  # it may be tried again
+        in_vain = [gevent.spawn(down.acquire, timeout=BOUND) for _ in range(3)]
+        gevent.joinall(in_vain, timeout=BOUND)
+        assert sorted(type(each.exception).__name__ for each in in_vain) == [
+            "BreakerOpenError",
+            "BreakerOpenError",
+            "ConnectionRefusedError",
+        ]
+        look(budget, group.pools)
+        assert up.stats().closed["evicted"] == 1
+        group.close()
+        street.wait_all_closed()
+        logged.take(2)
+
+
+# Several processes. What they run is below: this file is the program.
+
+
+def program(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "tests.test_group_kills", *map(str, arguments)],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=12 * BOUND)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_g1_two_processes_share_a_limit(tmp_path: Path) -> None:
+    """A file of so many locks is the limit: what a process has locked is free when it ends, however it ends."""
+    slots = tmp_path / "slots"
+    slots.touch()
+    with Street(3) as street:
+        ports = [house.port for house in street.houses]
+        processes = [program("share", slots, 3, *ports) for _ in range(2)]
+        assert [finished(each) for each in processes] == ["all served\n"] * 2
+        street.wait_all_closed()
+        assert 1 < street.most <= 3
+
+
+@pytest.mark.parametrize("fork", ["os", "gevent"])
+def test_g10_a_budget_in_the_child_of_a_fork_has_all_its_units(fork: str) -> None:
+    with Street(3) as street:
+        ports = [house.port for house in street.houses]
+        assert finished(program("fork", fork, *ports)) == "the child is done\nthe parent is done\n"
+        street.wait_all_closed()
+
+
+class Locks(Budget):
+    """As many units as there are bytes of a file that can be locked."""
+
+    def __init__(self, max_total: int, path: str, count: int) -> None:
+        super().__init__(max_total)
+        self._file = open(path, "r+b")  # noqa: SIM115
+        self._left = set(range(count))
+        self._mine: list[int] = []
+
+    def _take(self) -> bool:
+        for slot in self._left:
+            with contextlib.suppress(OSError):
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
+                self._left.discard(slot)
+                self._mine.append(slot)
+                return True
+        return False
+
+    def _give_back(self) -> None:
+        slot = self._mine.pop()
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, slot)
+        self._left.add(slot)
+
+
+def share_a_limit(path: str, count: str, *ports: str) -> None:
+    budget = Locks(8, path, int(count))
+    group: PoolGroup[Line] = PoolGroup(of_its_own(SlowToClose), max_connections=2, budget=budget, max_uses=2)
+    served = 0
+
+    def use(number: int) -> None:
+        nonlocal served
+        for turn in range(5):
+            with group.connection(8 * BOUND, host="127.0.0.1", port=int(ports[(number + turn) % len(ports)])) as line:
+                line.ask(f"{os.getpid()} {number} {turn}")
+                gevent.sleep(0.001)
+                served += 1
+
+    def replenish() -> None:
+        while True:
+            gevent.sleep(0.002)
+            budget.replenished()
+            look(budget, group.pools)
+
+    replenishing = gevent.spawn(replenish)
+    gevent.joinall([gevent.spawn(use, number) for number in range(10)], raise_error=True)
+    assert not replenishing.ready()
+    replenishing.kill()
+    group.close()
+    assert (served, budget.used) == (50, 0)
+    print("all served")
+
+
+def fork_with_a_budget(how: str, *ports: str) -> None:
+    group: PoolGroup[Line] = PoolGroup(of_its_own(Line), max_connections=2, max_total=2, max_connecting=2)
+    budget = group.budget
+    assert budget is not None
+    pools = [group.pool(host="127.0.0.1", port=int(port)) for port in ports]
+    with pools[B].connection(timeout=BOUND):
+        pass
+    here = os.getpid()
+    waited: list[Line] = []
+    with pools[A].connection(timeout=BOUND) as held:
+        held.ask("before")
+        second = pools[B].acquire(timeout=BOUND)
+        waiter = gevent.spawn(lambda: waited.append(pools[C].acquire(timeout=BOUND)))
+        wait_for(lambda: pools[C].waiting == 1, "somebody waits for a unit")
+        child = os.fork() if how == "os" else gevent.os.fork()
+        if not child:
+            # One of the two units that there are now goes to him who waited.
+            if how == "os":
+                gevent.reinit()
+            assert budget.used <= 1
+            waiter.join(BOUND)
+            waited[0].ask("he who waited, in the child")
+            look(budget, pools)
+            with pools[A].connection(timeout=BOUND) as line:
+                line.ask("another, in the child")
+                assert budget.used == 2
+            pools[C].release(waited[0])
+            with pools[B].connection(timeout=BOUND) as line:  # one of them makes room
+                line.ask("a third, in the child")
+                look(budget, pools)
+                assert budget.used == 2
+        else:
+            _, status = gevent.os.waitpid(child, 0) if how == "gevent" else os.waitpid(child, 0)
+            assert status == 0
+            assert budget.used == 2
+            held.ask("after")
+            second.ask("after")
+            look(budget, pools)
+            pools[B].release(second)
+            waiter.join(BOUND)
+            waited[0].ask("he who waited")
+            assert budget.used == 2
+            pools[C].release(waited[0])
+    look(budget, pools)
+    group.close()
+    wait_for(lambda: budget.used == 0, "all is closed")
+    look(budget, pools)
+    print("the parent is done" if os.getpid() == here else "the child is done", flush=True)
+    if os.getpid() != here:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    {"share": share_a_limit, "fork": fork_with_a_budget}[sys.argv[1]](*sys.argv[2:])
