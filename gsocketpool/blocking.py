@@ -65,6 +65,9 @@ else:
 
 __all__ = ["BlockingPool", "Lease"]
 
+#: What a waiter is told for whom the breaker leaves no hope.
+HOPELESS: Final = PoolError("the breaker is open")
+
 #: Seconds that `close(timeout)` waits for the closing of what it took from its borrowers.
 LAST_MOMENT: Final = 1.0
 
@@ -492,7 +495,7 @@ class BlockingPool(Core[C]):
             open_failures=self._open_failures,
             exhausted=self._exhausted,
             closed=dict(self._closed_for),
-            breaker=("half-open" if self._trial else "open") if self._broken else "closed",
+            breaker=("half-open" if self._trial or self._trying else "open") if self._broken else "closed",
         )
 
     def __enter__(self: P) -> P:
@@ -618,7 +621,8 @@ class BlockingPool(Core[C]):
             return limit, False, limit > 0
         if self._settings.acquire_timeout is not None:
             return self._settings.acquire_timeout, False, self._settings.acquire_timeout > 0
-        return max(0, whole_number("retry", retry) - whole_number("retried", retried)) * 0.1, True, True
+        limit = max(0, whole_number("retry", retry) - whole_number("retried", retried)) * 0.1
+        return limit, True, limit > 0 or self._budget is None or self._budget.has_one()
 
     def _leave(self, place: Place[C]) -> None:
         """Leave the queue, and hand on what was granted in the meantime."""
@@ -641,8 +645,8 @@ class BlockingPool(Core[C]):
         """It was told an error, or its time is over; unless it was granted something in that very moment."""
         if place.error is not None:
             error, place.error = place.error, None
-            if isinstance(error, BreakerOpenError):
-                error.waited = monotonic() - started
+            if error is HOPELESS:
+                error = self._broken_error(started)
             try:
                 raise error
             finally:
@@ -727,7 +731,7 @@ class BlockingPool(Core[C]):
     def _broken_error(self, started: float) -> BreakerOpenError:
         self._exhausted += 1
         failing, left = time.time() - self._failing_since, self._upkeep.rest_of_break()
-        when = f"in {left:.2f} s" if left else "now" if not self._dialling else "under way"
+        when = "under way" if self._trying else f"in {left:.2f} s"
         text = (
             f"{self._label} dials no more for now: {self._strikes} dials in a row have failed, the first "
             f"{failing:.1f} s ago, at {time.strftime('%H:%M:%S', time.localtime(self._failing_since))}, the last with "
@@ -772,10 +776,10 @@ class BlockingPool(Core[C]):
                 f"(breaker={self._break_after}): return connections sooner, or wait longer (timeout=)"
             )
         if self._budget is not None and not self._budget.has_one():
-            return (
-                f"its budget is used up ({self._budget.used} of {self._budget.max_total}): return connections sooner, "
-                "wait longer (timeout=), or raise max_total"
-            )
+            text = f"its budget is used up ({self._budget.used} of {self._budget.max_total})"
+            if self._budget.last_error is not None:
+                text += f", and its last error was {self._budget.last_error!r}"
+            return f"{text}: return connections sooner, wait longer (timeout=), or raise max_total"
         if self.total < self._max_connections:
             return "there is room for more, but none was idle, and timeout=0 opens none"
         return "return connections sooner, wait longer (timeout=), or raise max_connections"
@@ -853,10 +857,7 @@ class BlockingPool(Core[C]):
 
     def _start_dials(self) -> None:
         self._dial_as_permitted()
-        if self._broken:
-            for place in self.hopeless():
-                place.error = self._broken_error(monotonic())
-                self._wake(place)
+        self._tell_hopeless()
         if self._budget is not None:
             budget: Any = self._budget  # all its pools are of this runtime
             while (pool := budget.next_to_dial()) is not None:
@@ -865,18 +866,28 @@ class BlockingPool(Core[C]):
                 pool, member = found
                 pool._close_all([member])
 
+    def _tell_hopeless(self) -> None:
+        if self._broken:
+            for place in self.hopeless():
+                place.error = HOPELESS
+                self._wake(place)
+
     def _dial_as_permitted(self) -> None:
         while (place := self.permit()) is not None:
+            if self._trying:
+                self._upkeep.pause_dials(self, self._trips)
             try:
                 self._spawn(self._dial, place, False, self._epoch)
             except BaseException as error:  # too deep a recursion, say
-                self.failed(place, error)
+                self.failed(place, error, struck=False)
                 raise
         while self._min_idle and not self._filling and self.permit_spare():
+            if self._trying:
+                self._upkeep.pause_dials(self, self._trips)
             try:
                 self._spawn(self._dial, None, True, self._epoch)
             except BaseException as error:
-                self.failed(None, error)
+                self.failed(None, error, struck=False)
                 raise
 
     def _dial(self, place: Place[C] | None, spare: bool, epoch: int) -> BaseException | None:
@@ -919,21 +930,22 @@ class BlockingPool(Core[C]):
         if not self._strikes:
             self._failing_since = time.time()
         waiter = self.failed(place, problem, spare, without_traceback(problem))
+        if waiter is not None:  # before anything that may wait: a log's handler
+            self._wake(waiter)
         self._wake_unreserved()
         if self._broken and not self._closed:
-            pause = self._upkeep.pause_dials(self, self._strikes)
-            if pause is not None:
-                text = f"{self._strikes} dials in a row have failed; the next one in {pause:.2f} s"
-                self._report(text, problem, trace=False)
+            pause = self._upkeep.pause_dials(self, self._trips)
+            self._tell_hopeless()
+            level = logging.WARNING if self._trips == 1 else logging.DEBUG
+            text = "%s: %d dials in a row have failed; the next one in %.2f s: %r"
+            say(level, text, self._label, self._strikes, pause, problem)
         if spare and not self._closed:
             known = self._upkeep.resting
             pause = self._upkeep.rest(self, self._setbacks)
             if not known:  # else it is one of several side by side
                 text = f"a dial for min_idle={self._min_idle} failed; the next one in {pause:.2f} s"
                 self._report(text, problem, trace=self._setbacks == 1)
-        elif waiter is not None:
-            self._wake(waiter)
-        elif place is not None:
+        elif place is not None and waiter is None:
             self._report("a dial failed that nobody waits for any more", problem)
 
     def _opened_one(self, connection: C, generation: int) -> None:
@@ -942,6 +954,7 @@ class BlockingPool(Core[C]):
         now = monotonic()
         retire_at = self._limits.retire_at(now, random.random)
         look_at = self._limits.next_look(retire_at, now, now)
+        failures, was_broken = self._strikes, self._broken
         outcome = self.opened(connection, generation, retire_at, look_at)
         member = self._members.get(id(connection))
         if outcome is RETIRED:
@@ -951,6 +964,9 @@ class BlockingPool(Core[C]):
         self._upkeep.opened(self, look_at)
         self._wake_unreserved()
         self._wake_ready()
+        if was_broken:
+            away = time.time() - self._failing_since
+            say(logging.INFO, "%s: dials pass again, after %d had failed in %.1f s", self._label, failures, away)
 
     def _wake_unreserved(self) -> None:
         """Whoever waits for a dial without a limit, and has lost his slot, has a limit now."""
@@ -1053,6 +1069,7 @@ class BlockingPool(Core[C]):
 
     def _close_all(self, members: list[Member[C]], wait: bool = False) -> _Tally[C]:
         """Close them side by side, each in a greenlet of its own: their slots are free when that is done."""
+        self._tell_hopeless()
         tally: _Tally[C] = _Tally(len(members))
         for member in members:
             self._spawn(self._close_one, member, tally, self._epoch)
@@ -1082,11 +1099,12 @@ class BlockingPool(Core[C]):
             self._talking.discard(self._borrower())
             if mine and epoch == self._epoch:
                 self.freed(member.connection)
-                self._start_dials()
             tally.left -= 1
             if not tally.left:
                 self._wake(tally.place)
             self._wake_drains()
+            if mine and epoch == self._epoch:
+                self._start_dials()
 
     def _after_fork(self, members: list[Member[C]], connections: list[C], places: list[Place[C]]) -> None:
         """In the child: none of these connections is its own."""
@@ -1101,6 +1119,7 @@ class BlockingPool(Core[C]):
         for place in places:
             self._tell_closed(place)
         self._wake_drains()
+        self._upkeep.begins_anew()
         self._start_dials()
 
     # Saying what goes on
@@ -1217,6 +1236,8 @@ def _name_of(factory: object) -> str:
 def clear_all(pools: Sequence[BlockingPool[Any]]) -> None:
     """Clear them side by side."""
     tallies = [pool._close_all(pool.retire_all()) for pool in pools]
+    for pool in pools:
+        pool._upkeep.ends_break()
     for pool, tally in zip(pools, tallies, strict=True):
         pool._start_dials()
         pool._wait_for(tally)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from gsocketpool.arguments import whole_number
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from gsocketpool.core import Core, Member
 
 __all__ = ["Budget"]
+
+#: A time, and since then: which pool. The number keeps pools from being compared.
+Entry: TypeAlias = "tuple[int, int, weakref.ref[Core[Any]]]"
 
 #: Later than every turn.
 NO_TURN: Final = 2**62
@@ -27,7 +30,8 @@ class Budget:
     stands in nobody's way.
 
     A limit that is kept elsewhere, for many processes say, is a subclass with a `_take` and a `_give_back` of its own,
-    which must not wait; when that limit has units again, call :meth:`replenished`.
+    which must not wait; when that limit has units again, call :meth:`replenished`. If `_take` raises, there is no unit,
+    and `last_error` says why.
 
     A budget and its pools belong to one thread.
 
@@ -43,11 +47,14 @@ class Budget:
         self._dry = False  # a unit was refused, and none has come back since
         self.turn = 0  # the last one that was given, to a waiter or to what came to idle
         self._early = -(2**60)
-        # Which pool has waited for a unit since which turn, and which has had a connection idle since when. Both by
-        # weak references, and both looked at again when they are used: an entry may be out of date, but never too late.
-        self.claims: list[tuple[int, int, weakref.ref[Core[Any]]]] = []
-        self._idlers: list[tuple[int, int, weakref.ref[Core[Any]]]] = []
-        self._pools: weakref.WeakSet[Core[Any]] = weakref.WeakSet()
+        # Which pool has waited for a unit since which turn, and which has had a connection idle since when: heaps. A
+        # pool knows its entries; others are out of date. One may say too early a time, then it is put right when it is
+        # the first, but never too late.
+        self.claims: list[Entry] = []
+        self._idlers: list[Entry] = []
+        # By their identity: a subclass may define `__eq__` as it likes.
+        self._pools: weakref.WeakValueDictionary[int, Core[Any]] = weakref.WeakValueDictionary()
+        self.last_error: Exception | None = None
 
     @property
     def max_total(self) -> int:
@@ -87,15 +94,15 @@ class Budget:
         self._share_out()
 
     def _share_out(self) -> None:
-        pool: Any = next(iter(self._pools), None)
-        if pool is not None:
-            pool._start_dials()
+        for pool in list(self._pools.values())[:1]:
+            driver: Any = pool
+            driver._start_dials()
 
     # What a pool's core tells it and asks.
 
     def join(self, pool: Core[Any]) -> None:
         """One more pool."""
-        self._pools.add(pool)
+        self._pools[id(pool)] = pool
 
     def next_turn(self) -> int:
         """The turn of whoever comes now."""
@@ -110,12 +117,12 @@ class Budget:
     def grants(self, pool: Core[Any], turn: int) -> bool:
         """Take a unit for the waiter with this turn, the first of the pool who needs one; False if there is none, or
         somebody in another pool was there before. Then his claim stands."""
-        if pool._claim is None or turn < pool._claim:
-            pool._claim = turn
+        if pool._claim is None or turn < pool._claim[0]:
             if self._is_cluttered(self.claims):
-                self.claims = [entry for entry in self.claims if (at := entry[2]()) and at._claim == entry[0]]
+                self.claims = [entry for entry in self.claims if (at := entry[2]()) and at._claim is entry]
                 heapify(self.claims)
-            heappush(self.claims, (turn, id(pool), pool._ref))
+            pool._claim = (turn, id(pool), pool._ref)
+            heappush(self.claims, pool._claim)
         return self._first() is pool and self._takes()
 
     def spares(self) -> bool:
@@ -126,6 +133,10 @@ class Budget:
         """Whether a unit is free, as far as is known."""
         return self._free() > 0
 
+    def makes_room(self) -> bool:
+        """Whether one is, or would be if what idles somewhere is closed."""
+        return self._free() > 0 or self._longest_idle() is not None
+
     def closes(self) -> None:
         """A socket is being closed."""
         self._closing += 1
@@ -134,8 +145,13 @@ class Budget:
         """A socket is closed, or could not be opened at all."""
         self._closing -= closed
         self.taken -= 1
-        self._dry = False
-        self._give_back()
+        self._returns()
+
+    def loses(self, units: int) -> None:
+        """So many connections are lent for good."""
+        for _ in range(units):
+            self.taken -= 1
+            self._returns()
 
     def forgets(self, units: int, closing: int) -> None:
         """So many sockets are somebody else's now."""
@@ -145,12 +161,12 @@ class Budget:
 
     def has_idle(self, pool: Core[Any], member: Member[Any]) -> None:
         """It idles, since the time that is written on it."""
-        if pool._idler is None or member.idles < pool._idler:
-            pool._idler = member.idles
+        if pool._idler is None or member.idles < pool._idler[0]:
             if self._is_cluttered(self._idlers):
-                self._idlers = [entry for entry in self._idlers if (at := entry[2]()) and at._idler == entry[0]]
+                self._idlers = [entry for entry in self._idlers if (at := entry[2]()) and at._idler is entry]
                 heapify(self._idlers)
-            heappush(self._idlers, (member.idles, id(pool), pool._ref))
+            pool._idler = (member.idles, id(pool), pool._ref)
+            heappush(self._idlers, pool._idler)
 
     # Decisions
 
@@ -165,21 +181,27 @@ class Budget:
         more than there may be. Answers what must be closed."""
         if not self.must_go(NO_TURN):
             return None
+        found = self._longest_idle()
+        if found is not None:
+            pool, member = found
+            pool.retire(member, "evicted")
+        return found
+
+    def _longest_idle(self) -> tuple[Core[Any], Member[Any]] | None:
         while self._idlers:
-            since, _, ref = self._idlers[0]
-            pool = ref()
-            if pool is None or pool._idler != since:
+            entry = self._idlers[0]
+            pool = entry[2]()
+            if pool is None or pool._idler is not entry:
                 heappop(self._idlers)
                 continue
             member = pool.longest_idle()
             if member is None:
                 pool._idler = None
                 heappop(self._idlers)
-            elif member.idles > since:
-                pool._idler = member.idles
-                heapreplace(self._idlers, (member.idles, id(pool), ref))
+            elif member.idles > entry[0]:
+                pool._idler = (member.idles, *entry[1:])
+                heapreplace(self._idlers, pool._idler)
             else:
-                pool.retire(member, "evicted")
                 return pool, member
         return None
 
@@ -191,11 +213,11 @@ class Budget:
         if not self.claims:
             return False
         first = self._first()
-        if first is None or first._claim is None or first._claim >= turn:
+        if first is None or first._claim is None or first._claim[0] >= turn:
             return False
         return self._more_wait_than(self._free() + self._closing, turn)
 
-    def _is_cluttered(self, entries: list[tuple[int, int, weakref.ref[Core[Any]]]]) -> bool:
+    def _is_cluttered(self, entries: list[Entry]) -> bool:
         """Whether most of them are of pools that are gone, or out of date."""
         return len(entries) > 2 * len(self._pools) + 16
 
@@ -205,11 +227,19 @@ class Budget:
     def _takes(self) -> bool:
         if self._free() <= 0:
             return False
-        if not self._take():
-            self._dry = True
-            return False
-        self.taken += 1
-        return True
+        try:
+            self._dry = not self._take()
+        except Exception as error:
+            self._dry, self.last_error = True, error
+        self.taken += not self._dry
+        return not self._dry
+
+    def _returns(self) -> None:
+        self._dry = False
+        try:
+            self._give_back()
+        except Exception as error:
+            self.last_error = error
 
     def _more_wait_than(self, units: int, turn: int) -> bool:
         """Whether so many and more wait for a unit since before this turn. Looks at no more than it must."""
@@ -220,7 +250,7 @@ class Budget:
             if number >= len(self.claims) or self.claims[number][0] >= turn:
                 continue
             pool = self.claims[number][2]()
-            if pool is not None and pool._claim == self.claims[number][0]:
+            if pool is not None and pool._claim is self.claims[number]:
                 found += pool.claimants(turn, units + 1 - found)
                 if found > units:
                     return True
@@ -230,25 +260,25 @@ class Budget:
     def _first(self) -> Core[Any] | None:
         """The pool with the waiter who was there first of all who need a unit."""
         while self.claims:
-            turn, _, ref = self.claims[0]
-            pool = ref()
-            if pool is None or pool._claim != turn:
+            entry = self.claims[0]
+            pool = entry[2]()
+            if pool is None or pool._claim is not entry:
                 heappop(self.claims)
                 continue
-            now = pool.first_claim()
-            if now is None:
+            turn = pool.first_claim()
+            if turn is None:
                 pool._claim = None
                 heappop(self.claims)
-            elif now > turn:
-                pool._claim = now
-                heapreplace(self.claims, (now, id(pool), ref))
+            elif turn > entry[0]:
+                pool._claim = (turn, *entry[1:])
+                heapreplace(self.claims, pool._claim)
             else:
                 return pool
         return None
 
     def faults(self) -> list[str]:
         """Which invariants are broken: none, ever, once the drivers have done what is to be done."""
-        pools = list(self._pools)
+        pools = list(self._pools.values())
         rules = {
             "units are miscounted": self.taken == sum(pool.total for pool in pools),
             "closes are miscounted": self._closing == sum(pool._closing for pool in pools),

@@ -30,7 +30,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
-from gsocketpool.budget import NO_TURN, Budget
+from gsocketpool.budget import NO_TURN, Budget, Entry
 from gsocketpool.lifetime import NEVER, NO_LIMITS, Limits
 
 __all__ = [
@@ -293,6 +293,8 @@ class Core(Generic[C]):
         "_strikes",
         "_tickets",
         "_trial",
+        "_trips",
+        "_trying",
         "_turn",
         "_unclosed",
         "_undialled",
@@ -325,8 +327,8 @@ class Core(Generic[C]):
         self._records = records
         self._break_after = break_after
         self._budget = budget
-        self._claim: int | None = None  # the budget's: since which turn somebody waits for a unit
-        self._idler: int | None = None  # the budget's: since when something idles
+        self._claim: Entry | None = None  # the budget's: since which turn somebody waits for a unit
+        self._idler: Entry | None = None  # likewise: since when something idles
         self._ref = weakref.ref(self)
 
         self._members: dict[int, Member[C]] = {}  # by identity: user classes may define __eq__ or __hash__ as they like
@@ -359,8 +361,10 @@ class Core(Generic[C]):
         self._setbacks = 0
         # The breaker: after so many failed dials in a row nothing is dialled, but for one trial now and then.
         self._strikes = 0
+        self._trips = 0  # so often in a row it was found that nothing should be dialled
         self._broken = False
-        self._trial = False
+        self._trial = False  # one dial may pass
+        self._trying = False  # it is under way
         self._generation = 0
         self._epoch = 0
 
@@ -432,8 +436,10 @@ class Core(Generic[C]):
             return EXHAUSTED
         # With the slots that are being emptied.
         room = self._max_connections - len(self._members) - self._dialling
-        if self._paused or self._broken or (self._budget is not None and not self._budget.has_one()):
+        if self._paused or (self._budget is not None and not self._budget.makes_room()):
             room = 0
+        if self._broken:
+            room = min(room, int(self._may_dial()))
         reserved = queue.length < room
         if self._max_waiting is not None and not reserved and queue.length - max(0, room) >= self._max_waiting:
             return EXHAUSTED
@@ -541,15 +547,19 @@ class Core(Generic[C]):
         place = self._undialled.first()
         place.reserved = True
         self._dialled.join(place)
-        self._dialling += 1
+        self._dials()
         return place
 
     def permit_unasked(self) -> bool:
         """A permit to dial though nobody waits for it."""
         if self._closed or not self._may_dial() or (self._budget is not None and not self._budget.spares()):
             return False
-        self._dialling += 1
+        self._dials()
         return True
+
+    def _dials(self) -> None:
+        self._dialling += 1
+        self._trying, self._trial = self._broken, False
 
     def permit_spare(self) -> bool:
         """A permit to dial for the stock of idle connections, where it is short of `min_idle`."""
@@ -584,8 +594,8 @@ class Core(Generic[C]):
         self._opened += 1
         self._last_error = None
         self._resting = False
-        self._setbacks = self._strikes = 0
-        self._broken = self._trial = False
+        self._setbacks = self._strikes = self._trips = 0
+        self._broken = self._trial = self._trying = False
         member = self._members[id(connection)] = Member(connection, retire_at)
         member.holder = BY_HAND
         if look_at != NEVER:
@@ -603,22 +613,26 @@ class Core(Generic[C]):
         error: BaseException,
         spare: bool = False,
         kept: BaseException | None = None,
+        struck: bool = True,
     ) -> Place[C] | None:
         """A dial failed: a permit is redeemed. Answers the place it was started for, with the error and to be woken,
         if that one still waits.
 
         :param spare: it was for the stock; until `rested` there is no further permit for that.
         :param kept: what is remembered as the last error, if that is not the error itself.
+        :param struck: it counts for the breaker; not so if the dial could not even begin.
         """
         self._dialling -= 1
         if self._budget is not None:
             self._budget.takes_back(closed=False)
         self._open_failures += 1
         self._last_error = kept or error
-        self._strikes += 1
+        self._strikes += struck
         if self._break_after is not None and self._strikes >= self._break_after:
+            if not self._broken or self._trying:
+                self._trips += 1
             self._broken = True
-            self._trial = False
+            self._trial = self._trying = False
             for each in self._undialled:
                 each.reserved = False
             self._unsettled = True
@@ -641,14 +655,14 @@ class Core(Generic[C]):
     def half_open(self) -> None:
         """The breaker lets one dial pass. If it succeeds, it lets all pass again."""
         self._trial = self._broken
+        self._trying = False
 
     def hopeless(self) -> list[Place[C]]:
         """Who waits in vain: the breaker lets nothing pass, and there is nothing that could come back. They leave the
-        queue, and must be told."""
-        if not self._broken or self._members or self._dialling or self._paused or self._may_dial():
+        queue, and must be told. Whose dial is under way has it still before him."""
+        if not self._broken or self._members or self._paused or self._may_dial():
             return []
-        places = [*self._dialled, *self._undialled]
-        self._dialled.clear()
+        places = [*self._undialled]
         self._undialled.clear()
         self._set_lanes()
         return places
@@ -810,8 +824,8 @@ class Core(Generic[C]):
                 self._undialled.join(place)
         self._dialling = self._closing = self._doomed = 0
         self._ceiling = self._max_connections
-        self._resting = self._broken = self._trial = False
-        self._strikes = 0
+        self._resting = self._broken = self._trial = self._trying = False
+        self._strikes = self._trips = 0
         self._latest = NOBODY
         self._epoch += 1
         self._set_lanes()
@@ -820,7 +834,7 @@ class Core(Generic[C]):
     def give_up(self) -> None:
         """Nobody can give back what is lent, since nobody knows this pool any more."""
         if self._budget is not None:
-            self._budget.forgets(self.in_use, 0)
+            self._budget.loses(self.in_use)
 
     def _retire_idle(self, count: int, reason: str) -> list[Member[C]]:
         """What has idled longest first."""
@@ -1015,6 +1029,8 @@ class Core(Generic[C]):
         if self.first_claim() is None:
             return 0
         most = min(most, self._max_connecting - self._dialling, self._max_connections - self.total)
+        if self._broken:
+            most = min(most, 1)
         return sum(place.turn < turn for place in islice(self._undialled, most))
 
     def longest_idle(self) -> Member[C] | None:
@@ -1026,7 +1042,7 @@ class Core(Generic[C]):
         return self._budget is None and not self._broken and len(self._members) + self._dialling < self._max_connections
 
     def _may_dial(self) -> bool:
-        if self._broken and (self._dialling or not self._trial):
+        if self._broken and not self._trial:
             return False
         return self._dialling < self._max_connecting and self.total < self._max_connections
 
@@ -1060,7 +1076,7 @@ class Core(Generic[C]):
     def is_empty(self) -> bool:
         """Whether there is nothing to look after: no connection, no waiter, none wanted, the breaker does not wait for
         its time, and the pool is not paused."""
-        waits = self._broken and not self._trial
+        waits = self._broken and not (self._trial or self._trying)
         return not (self.total or self.waiting or self._min_idle or waits or self._resting or self._paused)
 
     def faults(self) -> list[str]:
@@ -1101,8 +1117,8 @@ class Core(Generic[C]):
             "the lane for blocks is open though there is more to decide": self._lane_with is not self._warm
             or not (self._paused or self._fifo or self._always_cold or self._records),
             "the ceiling is below max_connections": self._ceiling >= self._max_connections,
-            "broken, and all wait in vain": not (self._broken and (self._dialled or self._undialled))
-            or bool(self._members or self._dialling or self._paused or self._may_dial()),
+            "broken, and somebody waits in vain": not (self._broken and self._undialled)
+            or bool(self._members or self._paused or self._may_dial()),
             "less than nothing is being closed": self._closing >= 0,
             "the latest is no member": self._latest is NOBODY or self._latest in members,
             "the latest could be released though there is more to decide": lanes or self._latest is NOBODY,

@@ -116,17 +116,23 @@ class Upkeep:
 
     def opened(self, pool: BlockingPool[Any], look_at: float) -> None:
         """A dial has succeeded; what it opened must be looked at then."""
-        self._rest_until = self._trial_at = NEVER
+        self.begins_anew()
         self.hurry(pool, min(look_at, self._next_tick, self._next_reap))
 
-    def pause_dials(self, pool: BlockingPool[Any], failures: int) -> float | None:
-        """The breaker has opened. Answers for how many seconds; None if that was known."""
-        if self._trial_at < NEVER:
-            return None
-        pause = equal_jitter(failures, *self._settings.backoff, random.random)
+    def pause_dials(self, pool: BlockingPool[Any], trips: int) -> float:
+        """The breaker lets nothing pass for a while, or nothing more than the trial. Answers for how many seconds."""
+        pause = equal_jitter(max(1, trips), *self._settings.backoff, random.random)
         self._trial_at = monotonic() + pause
         self.hurry(pool, self._trial_at)
         return pause
+
+    def ends_break(self) -> None:
+        """A trial may be made now."""
+        self._trial_at = NEVER
+
+    def begins_anew(self) -> None:
+        """Nothing keeps the pool from dialling."""
+        self._rest_until = self._trial_at = NEVER
 
     def rest_of_break(self) -> float:
         """Seconds until the breaker lets a dial pass."""

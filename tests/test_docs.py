@@ -35,7 +35,9 @@ LOGGED = {
         r"forgetful> has held a connection for \d+\.\d s, longer than leak_threshold=0\.5: ",
         r"ended without releasing a connection, which is closed: ",
     },
-    "docs/howto/endpoints.rst": {r"5 dials in a row have failed; the next one in \d+\.\d\d s: ConnectionRefusedError\("},
+    "docs/howto/endpoints.rst": {
+        r"5 dials in a row have failed; the next one in \d+\.\d\d s: ConnectionRefusedError\("
+    },
 }
 
 
