@@ -182,7 +182,7 @@ class PoolGroup(Generic[C]):
             if self._closed:
                 raise PoolClosedError(f"{self._label} is closed")
             if pool is None or pool.closed:
-                name = self._name_for(options)
+                name = self._name_for(key, options)
                 pool = Endpoint(self._rounds, key, self._factory, _copied(options), name=name, **self._settings)
                 self._known[key] = pool
             self._pools[key] = pool
@@ -255,9 +255,9 @@ class PoolGroup(Generic[C]):
     def _label(self) -> str:
         return f"{type(self).__name__} {self._name!r}" if self._name else type(self).__name__
 
-    def _name_for(self, options: Mapping[str, Any]) -> str:
+    def _name_for(self, key: Hashable, options: Mapping[str, Any]) -> str:
         """No other options than these: there may be a password among them."""
-        where = options.get("host", options.get("path"))
+        where = options.get("host", options.get("path", key))
         if isinstance(where, (str, bytes)):
             where = os.fsdecode(where).replace("\0", "@")
             if "host" in options and "port" in options:

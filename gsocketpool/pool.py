@@ -93,6 +93,12 @@ class Pool(BlockingPool[C]):
         the connection is closed (``reclaimed``), and a warning says where it was borrowed. Leave it off where greenlets
         pass connections on to others. In DBConnection, too, the end of the owner does this. The pool then notes its
         borrowers, as above.
+    :param budget: a :class:`~gsocketpool.Budget`: a cap on the sockets of several pools together. None: none.
+    :param breaker: after so many dials in a row have failed, nothing is dialled for a random time, which begins with
+        `backoff` and doubles each time as that does, but is half of the bound at least. Where no connection is left
+        meanwhile, whoever asks for one gets :exc:`~gsocketpool.BreakerOpenError` at once; else he waits for those. Then
+        one dial may try, as soon as somebody asks. If it succeeds, all is as before. Nygard's circuit breaker. None:
+        off, each borrower who needs a dial has one.
     :raises TypeError: a parameter has the wrong type; the message names it and says what it takes.
     :raises ValueError: a parameter has a wrong value; likewise.
     :raises Exception: whatever the dial of an initial connection raised.

@@ -43,6 +43,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from gsocketpool import (
+    Budget,
     ConnectionNotFoundError,
     Pool,
     PoolClosedError,
@@ -251,6 +252,7 @@ def with_blocks(kind: type[Pool[Any]], port: int) -> Pool[Any]:
         name="with",
         check_after_idle=0.05,
         max_connecting=3,
+        budget=Budget(CAP),
         **upkeep(max_uses=400, leak_threshold=0.2, reclaim=True),
     )
 
@@ -529,6 +531,7 @@ class Site:
             self._drop_any: 2,
             self._clear: 1,
             self._resize: 1,
+            self._squeeze: 1,
             self._pause: 1,
             self._deploy: 1,
         }
@@ -594,6 +597,13 @@ class Site:
         gevent.sleep(0.02)
         self.pool.resize(CAP)
 
+    def _squeeze(self) -> None:
+        """Others have a larger share of what there is for all."""
+        if self.pool._budget is not None:
+            self.pool._budget.resize(READY)
+            gevent.sleep(0.02)
+            self.pool._budget.resize(CAP)
+
     def _pause(self) -> None:
         self.pool.pause()
         gevent.sleep(0.01 * self._rng.random())
@@ -631,10 +641,10 @@ class Site:
         self._leave()
         del self.pool
         try:
+            self.service.wait_open(0, self._plan.patience)
             if (pool := forgotten()) is not None and not pool.closed:
                 self._log.fail(f"{self.name}: something still refers to {pool!r}")
             del pool
-            self.service.wait_open(0, self._plan.patience)
         finally:
             self.pool = self._make(self._kind, self.service.port)
 
@@ -703,7 +713,7 @@ class Log(logging.Handler):
             self.failures.append(f"{what}\n{details}".rstrip())
 
     def faults(self, name: str, pool: Pool[Any]) -> None:
-        for fault in pool.faults():
+        for fault in (*pool.faults(), *(pool._budget.faults() if pool._budget is not None else [])):
             self.fail(f"{name}: {fault}: {pool!r}")
 
     def emit(self, record: logging.LogRecord) -> None:

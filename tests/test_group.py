@@ -40,7 +40,7 @@ from gsocketpool.forking import pools as all_pools
 from gsocketpool.group import MOST_CALLS, Endpoint
 from tests.conftest import Logged
 from tests.dials import BOUND, Attempt
-from tests.servers import BlackHole, LineEchoServer, Server, echo_lines, refused_port
+from tests.servers import LineEchoServer, Server, echo_lines, refused_port
 
 SECRET = "hunter2"
 
@@ -69,10 +69,20 @@ class Slow(Marked):
         super().close()
 
 
+class Gated(Marked):
+    """Its dial waits until the test opens the gate."""
+
+    gate = Event()
+
+    def open(self) -> None:
+        assert Gated.gate.wait(BOUND)
+        super().open()
+
+
 class Nothing(Connection):
     """A connection to nothing, that takes any options."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         self.options = options
         self.connected = False
 
@@ -128,6 +138,13 @@ def slow() -> Iterator[type[Slow]]:
     Slow.may_go_on = Event()
     yield Slow
     Slow.may_go_on.set()
+
+
+@pytest.fixture
+def gated() -> Iterator[type[Gated]]:
+    Gated.gate = Event()
+    yield Gated
+    Gated.gate.set()
 
 
 # Which endpoint
@@ -446,13 +463,13 @@ def never(**options: Any) -> Nothing:
         ({"breaker": 0}, ValueError, "breaker must be at least 1, not 0"),
         ({"breaker": True}, TypeError, "breaker must be an int, not True"),
         ({"breaker": "5"}, TypeError, "breaker must be an int, not '5'"),
-        ({"initial_connections": 1}, TypeError, "initial_connections.*min_idle and wait_ready"),
+        ({"initial_connections": 1}, TypeError, "takes no initial_connections: use min_idle, and wait_ready"),
         ({"initial_connections": 0}, TypeError, "initial_connections"),
         ({"options": {"host": "h"}}, TypeError, "options.*pool"),
-        ({"forget_afer": 5}, TypeError, "takes no 'forget_afer'.*forget_after"),
-        ({"max_conections": 5}, TypeError, "takes no 'max_conections'.*max_connections"),
-        ({"maxtotal": 5}, TypeError, "takes no 'maxtotal'.*max_total"),
-        ({"host": "h"}, TypeError, "takes no 'host'"),
+        ({"forget_afer": 5}, TypeError, "takes no forget_afer: nor does a Pool"),
+        ({"max_conections": 5}, TypeError, "takes no max_conections"),
+        ({"maxtotal": 5}, TypeError, "takes no maxtotal"),
+        ({"host": "h"}, TypeError, "takes no host"),
         # What goes to each pool is looked at here, too.
         (
             {"min_idle": 3, "max_connections": 2},
@@ -506,11 +523,6 @@ def test_a_wrong_time_is_refused_and_nothing_has_happened(
     assert not group.closed
     with group.connection(**at(server)) as conn:
         assert conn.ask("hello") == "hello"
-
-
-def test_the_time_to_wait_does_not_go_by_keyword(group: PoolGroup[Marked], server: Server) -> None:
-    with pytest.raises(TypeError, match="timeout"), group.connection(lifetime=..., **at(server)):  # as any option
-        pytest.fail("Marked takes no such lifetime")
 
 
 def test_a_copy_is_refused(group: PoolGroup[Marked]) -> None:
@@ -615,12 +627,14 @@ def test_no_other_option_is_ever_shown(server: Server, logged: Logged) -> None:
 # Figures
 
 
-def test_the_figures_of_a_group_are_the_sums_of_its_endpoints(server: Server) -> None:
-    with BlackHole() as hole, PoolGroup(Marked, max_connections=2, max_total=10) as group:
+def test_the_figures_of_a_group_are_the_sums_of_its_endpoints(server: Server, gated: type[Gated]) -> None:
+    with PoolGroup(Gated, max_connections=2, max_total=10) as group:
+        Gated.gate.set()
         with group.connection(**at(server)), group.connection(**at(server)):
             waiter = Attempt(group.pool(**at(server)).acquire, timeout=None)
             lend_and_return(group, **at(server), db=1)
-            dials = [gevent.spawn(lend_and_return, group, host=hole.host, port=hole.port) for _ in range(2)]
+            Gated.gate.clear()
+            dials = [gevent.spawn(lend_and_return, group, **at(server), db=2) for _ in range(2)]
             until("both dial", lambda: group.stats().opening == 2)
             stats = group.stats()
             assert (stats.size, stats.idle, stats.in_use, stats.opening, stats.waiting) == (3, 1, 2, 2, 3)
@@ -631,8 +645,9 @@ def test_the_figures_of_a_group_are_the_sums_of_its_endpoints(server: Server) ->
             assert repr(group) == ("<PoolGroup: 3 endpoints, 1 idle, 2 in use, 2 opening of at most 10, 3 waiting>")
         group.pool(**at(server)).release(waiter.result())
         assert (stats.in_use, group.stats().in_use) == (2, 0)  # the first was one look
-        gevent.killall(dials)
-        group.close()
+        Gated.gate.set()
+        gevent.joinall(dials, timeout=BOUND, raise_error=True)
+        assert (group.stats().opening, group.stats().waiting) == (0, 0)
 
 
 def test_a_group_without_a_cap_says_so(group: PoolGroup[Marked]) -> None:
@@ -776,30 +791,23 @@ def test_g11_one_time_is_for_all_endpoints_and_so_is_the_second_for_their_closin
     server.wait_open(0)
 
 
-def test_g11_close_with_a_time_does_not_wait_for_a_dial_that_hangs() -> None:
-    with BlackHole() as hole, gevent.Timeout(BOUND):
-        group = PoolGroup(Marked)
-        dial = Attempt(group.connection(None, host=hole.host, port=hole.port).__enter__)
-        until("it dials", lambda: group.stats().opening == 1)
-        pool = group.pools[0]
-        group.close(0.01)
-        assert isinstance(dial.result(), PoolClosedError)
-        gevent.killall(list(pool._talking))
-        until("it has ended", lambda: pool.stats().opening == 0)
+def test_g11_close_with_a_time_does_not_wait_for_a_dial_that_hangs(server: Server, gated: type[Gated]) -> None:
+    group = PoolGroup(gated)
+    dial = Attempt(group.connection(None, **at(server)).__enter__)
+    until("it dials", lambda: group.stats().opening == 1)
+    group.close(0.01)
+    assert isinstance(dial.result(), PoolClosedError)
+    Gated.gate.set()
+    server.wait_accepted(1)
+    server.wait_open(0)
 
 
-def test_g11_a_dial_that_ends_after_the_group_is_closed_is_closed(server: Server) -> None:
-    class Late(Marked):
-        def open(self) -> None:
-            assert gate.wait(BOUND)
-            super().open()
-
-    gate = Event()
-    group = PoolGroup(Late)
+def test_g11_a_dial_that_ends_after_the_group_is_closed_is_closed(server: Server, gated: type[Gated]) -> None:
+    group = PoolGroup(gated)
     borrower = Attempt(group.connection(**at(server)).__enter__)
     group.close()
     assert isinstance(borrower.result(), PoolClosedError)
-    gate.set()
+    Gated.gate.set()
     server.wait_accepted(1)
     server.wait_open(0)
 
@@ -835,10 +843,8 @@ def test_what_a_closed_group_has_lent_by_hand_can_be_given_back(server: Server) 
     group = PoolGroup(Marked)
     conn = group.pool(**at(server)).acquire()
     group.close()
-    gc.collect()
     gevent.sleep(0)
     gc.collect()
-    assert group.stats().in_use == 1
     group.pool(**at(server)).release(conn)
     server.wait_open(0)
     with pytest.raises(PoolClosedError):
@@ -915,33 +921,31 @@ def test_a_pool_that_stays_empty_is_forgotten_whatever_else_is_to_do(
         until("and gone", lambda: gc.collect() >= 0 and len(group._known) == 0)
 
 
-def test_a_pool_with_anything_to_do_is_not_forgotten(server: Server, slow: type[Slow]) -> None:
-    with BlackHole() as hole, PoolGroup(slow, forget_after=0, max_connections=1) as group:
-        idle = group.pool(**at(server), what="idle")
+def test_a_pool_with_anything_to_do_is_not_forgotten(server: Server, gated: type[Gated], slow: type[Slow]) -> None:
+    def make(kind: type[Marked] = Marked, **options: Any) -> Marked:
+        return kind(**options)
+
+    Gated.gate.clear()
+    with PoolGroup(make, forget_after=0) as group:
         lend_and_return(group, **at(server), what="idle")
         waited_for = group.pool(**at(server), what="waited for")
         waited_for.pause()
         waiter = Attempt(waited_for.acquire, timeout=None)
-        dialled = Attempt(group.connection(None, host=hole.host, port=hole.port).__enter__)
-        closing = group.pool(**at(server), what="closing")
-        lend_and_return(group, **at(server), what="closing")
-        ending = Attempt(closing.clear)
+        dialled = Attempt(lend_and_return, group, **at(server), kind=gated)
+        lend_and_return(group, **at(server), kind=slow)
+        ending = Attempt(group.pool(**at(server), kind=slow).clear)
         with group.connection(**at(server), what="in use"):
-            group.pool(**at(server), what="empty")
-            until("the empty one is forgotten", lambda: len(group.pools) == 5)
-            for number in range(5):  # all have been looked at once more
+            for number in range(5):  # all have been looked at again and again
                 group.pool(**at(server), what=number)
                 until("the empty one is forgotten", lambda: len(group.pools) == 5)
-            assert idle in group.pools
             Slow.may_go_on.set()
             assert ending.result() is None
-            until("what is closed and empty is forgotten", lambda: closing not in group.pools)
+            until("what was closing is empty now, and forgotten", lambda: len(group.pools) == 4)
+            Gated.gate.set()
+            assert dialled.result() is None
             waited_for.resume()
             waited_for.release(waiter.result())
-        dialling = next(pool for pool in group.pools if pool.stats().opening)
-        gevent.killall(list(dialling._talking))
-        dialled.greenlet.kill()
-        until("no dial is left", lambda: dialling.stats().opening == 0)
+        assert len(group.pools) == 4
 
 
 def test_a_pool_that_keeps_a_stock_is_not_forgotten(server: Server) -> None:
@@ -1076,12 +1080,12 @@ def leftovers(group: PoolGroup[Any]) -> dict[str, int]:
         "calls": len(group._by_call),
         "due": len(group._rounds._due),
         "maintenance": int(group._rounds._begun),
-        "of all": sum(isinstance(pool, Endpoint) for pool in all_pools.values()),
+        "of all": sum(isinstance(pool, Endpoint) and pool._rounds is group._rounds for pool in all_pools.values()),
     }
     if group.budget is not None:
         found["budget's pools"] = len(group.budget._pools)
         found["units"] = group.budget.used
-        found["claims"] = max(0, len(group.budget._claims) - 16)
+        found["claims"] = max(0, len(group.budget.claims) - 16)
         found["idlers"] = max(0, len(group.budget._idlers) - 16)
     return {what: count for what, count in found.items() if count}
 
@@ -1168,16 +1172,13 @@ def test_endpoints_that_come_and_go_take_no_memory(max_total: int | None) -> Non
 
 
 @pytest.mark.parametrize("max_total", [None, 10])
-@pytest.mark.parametrize("in_a_cycle", [False, True])
 def test_g9_a_group_that_nobody_refers_to_is_collected_and_its_connections_are_closed(
-    server: Server, max_total: int | None, in_a_cycle: bool
+    server: Server, max_total: int | None
 ) -> None:
     group = PoolGroup(Marked, max_total=max_total, leak_threshold=1000, min_idle=1)
     for number in range(3):
         lend_and_return(group, **at(server), db=number)
     gevent.sleep(0.01)  # the upkeep sleeps
-    if in_a_cycle:
-        group.pools[0].__dict__["group"] = group
     before = sum(isinstance(pool, Endpoint) for pool in all_pools.values())
     del group
     gc.collect()
@@ -1312,8 +1313,10 @@ try:
                     gevent.sleep(0.01)  # the upkeep goes on in the child, too: all idle too long, and are forgotten
                 assert group.budget.used == 0, group.budget
         else:
-            assert mine == {ask(group, db) for db in (1, 2)} | {held._member.connection.socket.getsockname()[1]}
-            while (done := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            if not int(sys.argv[3]):  # else the stock may have made room for others meanwhile
+                assert mine == {ask(group, db) for db in (1, 2)} | {held._member.connection.socket.getsockname()[1]}
+            wait = os.waitpid if kind == "plain" else gevent.os.waitpid
+            while (done := wait(pid, os.WNOHANG))[0] == 0:
                 gevent.sleep(0.01)
             assert done[1] == 0, done
         held.__exit__(None, None, None)

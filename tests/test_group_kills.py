@@ -85,8 +85,12 @@ class House(LineEchoServer):
 def wait_for(happened: Callable[[], bool], what: str) -> None:
     """Let others run until it has happened; fail if it does not."""
     with gevent.Timeout(BOUND, AssertionError(f"not in {BOUND} s: {what}")):
-        while not happened():
-            gevent.sleep(0)
+        for turn in itertools.count():
+            if happened():
+                return
+            gevent.sleep(
+                0.001 if turn > 20 else 0
+            )  # a hub with callbacks to run looks at its sockets now and then only
 
 
 def look(budget: Budget, pools: Iterable[Pool[Any]]) -> None:
@@ -548,7 +552,7 @@ class Storm:
         wait_for(lambda: self.begun == count, "all are at it")
         for each in self.rng.sample(users, count // 6):
             gevent.sleep(self.rng.random() * 0.004)
-            each.kill(self.rng.choice([gevent.GreenletExit, gevent.Timeout()]), block=False)
+            each.kill(gevent.GreenletExit if self.rng.random() < 0.5 else gevent.Timeout(), block=False)
         gevent.joinall(users, timeout=12 * BOUND, raise_error=True)
         assert all(user.ready() for user in users), "somebody is never served"
         self.over = True
@@ -756,7 +760,8 @@ def test_g1_g4_a_limit_kept_elsewhere_holds_for_two_groups_in_a_storm(rng: rando
 
         others = [gevent.spawn(somebody_else), gevent.spawn(replenish)]
         raging = [gevent.spawn(storm.rage, 60) for storm in storms]
-        gevent.joinall([*raging, *others], raise_error=True)
+        gevent.joinall(raging, raise_error=True)
+        gevent.joinall(others, raise_error=True)
         for storm in storms:
             settle(storm.budget, storm.pools)
         assert street.most <= 6
@@ -816,7 +821,7 @@ def test_g9_a_pool_that_is_collected_gives_its_units_back_wherever_they_came_fro
         assert (budget.used, counter.taken) == (3, 3)
         del going
         gc.collect()
-        wait_for(lambda: budget.used == 1, "its units are free")
+        wait_for(lambda: budget.used == 1 and budget.faults() == [], "its units are free")
         look(budget, [staying])
         for connection in lent:
             connection.close()
@@ -830,52 +835,67 @@ def test_g9_a_pool_that_is_collected_gives_its_units_back_wherever_they_came_fro
 # Turns
 
 
+class Arrivals:
+    """Borrowers who come one after the other, and stay until they are told to go."""
+
+    def __init__(self, street: Street, total: int) -> None:
+        self.street = street
+        self.total = total
+        self.group: PoolGroup[Line] = PoolGroup(
+            of_its_own(Line), max_connections=total, max_total=total, max_connecting=total
+        )
+        self.entered: list[int] = []
+        self.leaving: list[Event] = []
+        self.users: list[gevent.Greenlet[..., None]] = []
+
+    def come(self, number: int) -> None:
+        """And wait until he has a connection, or stands in a queue."""
+        order = len(self.users)
+        self.leaving.append(Event())
+        self.users.append(gevent.spawn(self.stay, order, number))
+        if order < self.total:
+            self.wait_entered(order + 1)
+        else:
+            wait_for(lambda: self.group.stats().waiting == order - self.total + 1, f"number {order} waits")
+
+    def stay(self, order: int, number: int) -> None:
+        with self.group.connection(BOUND, **at(self.street.houses[number])) as connection:
+            self.entered.append(order)
+            assert self.leaving[order].wait(2 * BOUND), "nobody told him to go"
+            connection.ask(f"number {order}")
+
+    def wait_entered(self, count: int) -> None:
+        """Exactly so many have been served: those who came first."""
+        wait_for(lambda: len(self.entered) >= count, f"{count} are served")
+        wait_for(lambda: all(pool.total == pool.size for pool in self.group.pools), "it is quiet")
+        assert sorted(self.entered) == list(range(count))
+        assert self.group.budget is not None
+        look(self.group.budget, self.group.pools)
+
+    def end(self) -> None:
+        for event in self.leaving:
+            event.set()
+        gevent.joinall(self.users, timeout=BOUND, raise_error=True)
+        self.group.close()
+        self.street.wait_all_closed()
+
+
 @pytest.mark.parametrize("total", [1, 2, 3])
 @pytest.mark.parametrize("lets_go", ["whoever came first", "whoever came last"])
 def test_g5_over_all_endpoints_whoever_comes_first_is_served_first(total: int, lets_go: str) -> None:
     """All interleavings of four borrowers at three endpoints, of which so many may have one at once."""
     with Street(3) as street:
-        for arrivals in itertools.product(range(3), repeat=4):
-            group: PoolGroup[Line] = PoolGroup(
-                of_its_own(Line), max_connections=total, max_total=total, max_connecting=total
-            )
-            budget = group.budget
-            assert budget is not None
-            entered: list[int] = []
-            leaving = [Event() for _ in range(total + len(arrivals))]
-
-            def use(
-                order: int,
-                number: int,
-                group: PoolGroup[Line] = group,
-                entered: list[int] = entered,
-                leaving: list[Event] = leaving,
-            ) -> None:
-                with group.connection(BOUND, **at(street.houses[number])) as connection:
-                    entered.append(order)
-                    assert leaving[order].wait(2 * BOUND)
-                    connection.ask(f"number {order}")
-
-            users = [gevent.spawn(use, order, order % 3) for order in range(total)]
-            wait_for(lambda entered=entered: len(entered) == total, "the total is used up")
-            for order, number in enumerate(arrivals, total):
-                users.append(gevent.spawn(use, order, number))
-                wait_for(lambda group=group, order=order: group.stats().waiting == order - total + 1, "he waits")
-            inside = deque(sorted(entered))
-            for come in range(total, len(users)):
-                leaving[inside.popleft() if lets_go == "whoever came first" else inside.pop()].set()
-                wait_for(lambda entered=entered, come=come: len(entered) > come, f"number {come} is served")
-                assert sorted(entered) == list(range(come + 1)), arrivals
-                settled = [pool for pool in group.pools if pool.total != pool.size]
-                wait_for(lambda settled=settled: all(pool.total == pool.size for pool in settled), "it is quiet")
-                assert len(entered) == come + 1
-                inside.append(come)
-                look(budget, group.pools)
-            for event in leaving:
-                event.set()
-            gevent.joinall(users, timeout=BOUND, raise_error=True)
-            group.close()
-            street.wait_all_closed()
+        for numbers in itertools.product(range(3), repeat=4):
+            arrivals = Arrivals(street, total)
+            for number in (*range(total), *numbers):
+                arrivals.come(number)
+            inside = deque(range(total))
+            for order in range(total, len(arrivals.users)):
+                goes = inside.popleft() if lets_go == "whoever came first" else inside.pop()
+                arrivals.leaving[goes].set()
+                arrivals.wait_entered(order + 1)
+                inside.append(order)
+            arrivals.end()
         assert street.most <= total
 
 
@@ -1056,18 +1076,21 @@ def test_one_trial_dial_to_an_endpoint_that_is_down_costs_the_others_one_connect
             for _ in range(4):
                 stack.enter_context(up.connection(timeout=BOUND))
         down.clear()  # it may be tried again
-        in_vain = [gevent.spawn(down.acquire, timeout=BOUND) for _ in range(3)]
-        gevent.joinall(in_vain, timeout=BOUND)
-        assert sorted(type(each.exception).__name__ for each in in_vain) == [
-            "BreakerOpenError",
-            "BreakerOpenError",
-            "ConnectionRefusedError",
-        ]
+        told: list[type[BaseException]] = []
+
+        def use() -> None:
+            try:
+                down.acquire(timeout=BOUND)
+            except (PoolError, OSError) as error:
+                told.append(type(error))
+
+        gevent.joinall([gevent.spawn(use) for _ in range(3)], timeout=BOUND, raise_error=True)
+        assert (len(told), told.count(BreakerOpenError), told.count(ConnectionRefusedError)) == (3, 2, 1)
         look(budget, group.pools)
         assert up.stats().closed["evicted"] == 1
         group.close()
         street.wait_all_closed()
-        logged.take(2)
+        logged.take(1)
 
 
 # Several processes. What they run is below: this file is the program.
@@ -1214,4 +1237,7 @@ def fork_with_a_budget(how: str, *ports: str) -> None:
 
 
 if __name__ == "__main__":
-    {"share": share_a_limit, "fork": fork_with_a_budget}[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1] == "share":
+        share_a_limit(*sys.argv[2:])
+    else:
+        fork_with_a_budget(*sys.argv[2:])

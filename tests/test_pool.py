@@ -382,6 +382,7 @@ def test_stats_tell_the_whole_history(server: LineEchoServer) -> None:
             "open_failures": 0,
             "exhausted": 0,
             "closed": dict.fromkeys(REASONS, 0),
+            "breaker": "closed",
         }
 
         def now(**changed: Any) -> None:

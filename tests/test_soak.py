@@ -32,7 +32,7 @@ BORROWINGS = int(os.environ.get("GSOCKETPOOL_SOAK", "300000"))
 #: What a month must have seen, beside connections closed for every reason there is.
 INCIDENTS = (
     *("restart", "reset some", "half close some", "slow handshakes", "no handshakes"),
-    *("clear", "deploy", "drop any", "pause", "resize", "a pool forgotten"),
+    *("clear", "deploy", "drop any", "pause", "resize", "squeeze", "a pool forgotten"),
     *("killed", "timed out", "gave up waiting", "not given back", "logged: held for long"),
 )
 
