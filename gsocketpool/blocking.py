@@ -733,9 +733,9 @@ class BlockingPool(Core[C]):
         failing, left = time.time() - self._failing_since, self._upkeep.rest_of_break()
         when = "under way" if self._trying else f"in {left:.2f} s"
         text = (
-            f"{self._label} dials no more for now: {self._strikes} dials in a row have failed, the first "
-            f"{failing:.1f} s ago, at {time.strftime('%H:%M:%S', time.localtime(self._failing_since))}, the last with "
-            f"{self._last_error!r}; the next try is {when} (breaker={self._break_after})"
+            f"{self._label} dials no more for now: {self._failing()}, the first {failing:.1f} s ago, at "
+            f"{time.strftime('%H:%M:%S', time.localtime(self._failing_since))}, the last with {self._last_error!r}; "
+            f"the next try is {when} (breaker={self._break_after})"
         )
         return BreakerOpenError(
             text,
@@ -746,6 +746,9 @@ class BlockingPool(Core[C]):
             since=self._failing_since,
             retry_after=left,
         )
+
+    def _failing(self) -> str:
+        return f"{self._strikes} dials in a row have failed" if self._strikes > 1 else "1 dial in a row has failed"
 
     def _who_holds(self) -> list[str]:
         members = self._members.values()
@@ -772,7 +775,7 @@ class BlockingPool(Core[C]):
         if self._broken:
             left = self._upkeep.rest_of_break()
             return (
-                f"{self._strikes} dials in a row have failed, so there is none for now, and the next in {left:.2f} s "
+                f"{self._failing()}, so there is none for now, and the next in {left:.2f} s "
                 f"(breaker={self._break_after}): return connections sooner, or wait longer (timeout=)"
             )
         if self._budget is not None and not self._budget.has_one():
@@ -862,6 +865,7 @@ class BlockingPool(Core[C]):
             budget: Any = self._budget  # all its pools are of this runtime
             while (pool := budget.next_to_dial()) is not None:
                 pool._dial_as_permitted()
+                pool._tell_hopeless()
             while (found := budget.next_to_close()) is not None:
                 pool, member = found
                 pool._close_all([member])
@@ -875,7 +879,7 @@ class BlockingPool(Core[C]):
     def _dial_as_permitted(self) -> None:
         while (place := self.permit()) is not None:
             if self._trying:
-                self._upkeep.pause_dials(self, self._trips)
+                self._upkeep.trial_begins(self)
             try:
                 self._spawn(self._dial, place, False, self._epoch)
             except BaseException as error:  # too deep a recursion, say
@@ -883,7 +887,7 @@ class BlockingPool(Core[C]):
                 raise
         while self._min_idle and not self._filling and self.permit_spare():
             if self._trying:
-                self._upkeep.pause_dials(self, self._trips)
+                self._upkeep.trial_begins(self)
             try:
                 self._spawn(self._dial, None, True, self._epoch)
             except BaseException as error:
@@ -929,23 +933,23 @@ class BlockingPool(Core[C]):
     def _failed(self, place: Place[C] | None, problem: BaseException, spare: bool) -> None:
         if not self._strikes:
             self._failing_since = time.time()
+        trips = self._trips
         waiter = self.failed(place, problem, spare, without_traceback(problem))
         if waiter is not None:  # before anything that may wait: a log's handler
             self._wake(waiter)
         self._wake_unreserved()
-        if self._broken and not self._closed:
+        self._tell_hopeless()
+        if self._trips > trips and not self._closed:
             pause = self._upkeep.pause_dials(self, self._trips)
-            self._tell_hopeless()
             level = logging.WARNING if self._trips == 1 else logging.DEBUG
-            text = "%s: %d dials in a row have failed; the next one in %.2f s: %r"
-            say(level, text, self._label, self._strikes, pause, problem)
+            say(level, "%s: %s; the next one in %.2f s: %r", self._label, self._failing(), pause, problem)
         if spare and not self._closed:
             known = self._upkeep.resting
             pause = self._upkeep.rest(self, self._setbacks)
-            if not known:  # else it is one of several side by side
+            if not known and not self._broken:  # else it is one of several side by side, or the breaker has said it
                 text = f"a dial for min_idle={self._min_idle} failed; the next one in {pause:.2f} s"
                 self._report(text, problem, trace=self._setbacks == 1)
-        elif place is not None and waiter is None:
+        elif place is not None and waiter is None and not self._broken:
             self._report("a dial failed that nobody waits for any more", problem)
 
     def _opened_one(self, connection: C, generation: int) -> None:

@@ -629,7 +629,7 @@ class Core(Generic[C]):
         self._last_error = kept or error
         self._strikes += struck
         if self._break_after is not None and self._strikes >= self._break_after:
-            if not self._broken or self._trying:
+            if not self._broken or self._trial or self._trying:
                 self._trips += 1
             self._broken = True
             self._trial = self._trying = False

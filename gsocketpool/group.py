@@ -258,7 +258,7 @@ class PoolGroup(Generic[C]):
     def _name_for(self, key: Hashable, options: Mapping[str, Any]) -> str:
         """No other options than these: there may be a password among them."""
         where = options.get("host", options.get("path", key))
-        if isinstance(where, (str, bytes)):
+        if isinstance(where, (str, bytes, os.PathLike)):
             where = os.fsdecode(where).replace("\0", "@")
             if "host" in options and "port" in options:
                 where += f":{options['port']}"
@@ -267,7 +267,7 @@ class PoolGroup(Generic[C]):
         return f"{self._name} {where}" if self._name else where
 
     def _alive(self) -> list[Endpoint[C]]:
-        self._leaving = [pool for pool in self._leaving if pool.total]
+        self._leaving = [pool for pool in self._leaving if pool.in_use]
         return list(
             {id(pool): pool for pool in (*self._leaving, *self._known.values(), *self._pools.values())}.values()
         )
@@ -307,8 +307,9 @@ class _GroupRounds(Rounds):
         group = self._group()
         if group is not None and group._pools.get(pool._key) is pool:  # type: ignore[attr-defined]
             group._forget(pool)
-            group._leaving = [each for each in group._leaving if each.total]
-            group._leaving.append(pool)
+            if pool.in_use:
+                group._leaving = [each for each in group._leaving if each.in_use]
+                group._leaving.append(pool)
         super().let_go(pool)
 
     def disown(self, pool: Endpoint[Any]) -> None:

@@ -266,12 +266,18 @@ def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any]) -> None:
         pool._spawn(stirs, pool, member)
 
 
-def _begin(job: Callable[..., object], args: tuple[object, ...]) -> gevent.Greenlet[..., object]:
-    def ended(task: gevent.Greenlet[..., object]) -> None:
-        # Killed before it began, or while it slept: what it was to do is still to be done.
-        if isinstance(task.value, gevent.GreenletExit):
+def _begin(job: Callable[..., object], args: tuple[object, ...]) -> object:
+    begun = False
+
+    def run() -> None:
+        nonlocal begun
+        begun = True
+        job(*args)
+
+    def ended(_: object) -> None:
+        if not begun:  # killed before that: what it was to do is still to be done
             _begin(job, args)
 
-    task = gevent.spawn(job, *args)
+    task = gevent.spawn(run)
     task.rawlink(ended)
     return task

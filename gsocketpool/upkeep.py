@@ -120,11 +120,16 @@ class Upkeep:
         self.hurry(pool, min(look_at, self._next_tick, self._next_reap))
 
     def pause_dials(self, pool: BlockingPool[Any], trips: int) -> float:
-        """The breaker lets nothing pass for a while, or nothing more than the trial. Answers for how many seconds."""
-        pause = equal_jitter(max(1, trips), *self._settings.backoff, random.random)
+        """The breaker lets nothing pass for a while. Answers for how many seconds."""
+        pause = equal_jitter(trips, *self._settings.backoff, random.random)
         self._trial_at = monotonic() + pause
         self.hurry(pool, self._trial_at)
         return pause
+
+    def trial_begins(self, pool: BlockingPool[Any]) -> None:
+        """There may be another if this one hangs, but not soon."""
+        self._trial_at = monotonic() + self._settings.backoff[1]
+        self.hurry(pool, self._trial_at)
 
     def ends_break(self) -> None:
         """A trial may be made now."""
@@ -271,10 +276,18 @@ class Alone(Keeper):
         pool._rouse(self._alarm)
 
     def _keep_up(self, ref: weakref.ref[BlockingPool[Any]], doze: Callable[[Place[Any], float], None]) -> None:
-        while (pool := ref()) is not None and not pool.closed:
-            pause = tend(pool)
-            del pool
-            doze(self._alarm, pause)
+        try:
+            while (pool := ref()) is not None and not pool.closed:
+                pause = tend(pool)
+                del pool
+                doze(self._alarm, pause)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # killed
+            pool = ref()
+            if pool is not None and not pool.closed:
+                pool._spawn(self._keep_up, ref, doze)
+            raise
 
 
 class Rounds(Keeper):
@@ -292,8 +305,7 @@ class Rounds(Keeper):
     def hurry(self, pool: BlockingPool[Any]) -> None:
         self._put_down(pool._upkeep.wakes_at, pool)
         if not self._begun:
-            self._begun = True
-            pool._spawn(self._go_round, pool._doze)
+            self._begin(pool)
         elif self._due[0][2] is pool._ref:
             pool._wake(self._alarm)
 
@@ -305,14 +317,23 @@ class Rounds(Keeper):
         return pause
 
     def _go_round(self, doze: Callable[[Place[Any], float], None]) -> None:
-        self._begun = True  # again, if it was killed; then the runtime has begun it anew
         try:
             while (pause := self._tend_some()) is not None:
                 doze(self._alarm, pause)
         except (KeyboardInterrupt, SystemExit):
             self._begun = False
             raise
+        except BaseException:  # killed
+            self._begun = False
+            for pool in filter(None, (ref() for _, _, ref in self._due)):
+                self._begin(pool)
+                break
+            raise
         self._begun = False
+
+    def _begin(self, pool: BlockingPool[Any]) -> None:
+        self._begun = True
+        pool._spawn(self._go_round, pool._doze)
 
     def _tend_some(self) -> float | None:
         """Tend those that are due, but not so many at once that everybody else must wait for it. Answers the seconds

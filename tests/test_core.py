@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from gsocketpool.core import (
+    BROKEN,
     BY_HAND,
     CLOSED,
     EXHAUSTED,
@@ -1651,6 +1652,7 @@ class World:
         self.fifo = self.pick([False, False, True])
         self.always_cold = self.pick([False, False, False, True])
         self.records = self.pick([False, False, False, True])
+        self.break_after = self.pick([None, 1, 3])
         self.limits = Limits(
             idle_timeout=self.pick([None, None, 3.0, 5.0, 8.0, 15.0]),
             max_lifetime=self.pick([None, None, 10.0, 30.0, 60.0]),
@@ -1667,6 +1669,7 @@ class World:
             fifo=self.fifo,
             always_cold=self.always_cold,
             records=self.records,
+            break_after=self.break_after,
         )
         # What idles, the one that has idled longest first: what nobody has touched for a while, and the rest.
         self.cold: list[Member[Thing]] = []
@@ -1687,6 +1690,8 @@ class World:
         self.ended = self.paused = self.resets = self.resting = False
         self.setbacks = self.generation = self.epoch = self.turn = 0
         self.borrowed = self.opened = self.failed = 0
+        self.broken = self.trial = self.trying = False
+        self.strikes = self.trips = 0
         self.retired = dict.fromkeys(REASONS, 0)
         for _ in range(self.pick(range(6))):
             self.borrow()
@@ -1705,6 +1710,8 @@ class World:
         return len(self.uses) + len(self.dials) + len(self.unclosed) + len(self.closing)
 
     def may_dial(self) -> bool:
+        if self.broken and not self.trial:
+            return False
         return len(self.dials) < self.max_connecting and self.total < self.cap
 
     def crowded(self) -> bool:
@@ -1768,9 +1775,21 @@ class World:
             waiter = self.pool.permit()
             assert waiter is (self.queue[promised] if due else None)
             if waiter is None:
-                return
+                break
             assert waiter.reserved
-            self.dials.append((waiter, self.generation, False))
+            self.dial(waiter)
+        # Those for whom no dial is under way, where nothing can come back and nothing may be dialled.
+        vain = self.in_vain()
+        assert self.pool.hopeless() == (self.queue[promised:] if vain else [])
+        if vain:
+            del self.queue[promised:]
+
+    def in_vain(self) -> bool:
+        return self.broken and not (self.uses or self.paused or self.may_dial())
+
+    def dial(self, waiter: Place[Thing] | None, spare: bool = False) -> None:
+        self.dials.append((waiter, self.generation, spare))
+        self.trying, self.trial = self.broken, False  # half-open, one dial passes
 
     # What borrowers do
 
@@ -1780,6 +1799,8 @@ class World:
     def ask(self, wait: bool, dead: bool = False) -> None:
         undialled = self.pool._undialled.length
         room = 0 if self.paused else max(0, self.cap - len(self.uses) - len(self.dials))
+        if self.broken:
+            room = min(room, int(self.may_dial()))
         surplus = undialled - room
         answer = self.pool.take(wait)
         if self.idle and not self.paused:
@@ -1795,6 +1816,8 @@ class World:
             self.lent.append(taken)
         elif self.ended:
             assert answer is CLOSED
+        elif self.in_vain():
+            assert answer is BROKEN
         elif not wait or (self.max_waiting is not None and surplus >= self.max_waiting >= 0):
             assert answer is EXHAUSTED
         else:
@@ -1822,7 +1845,8 @@ class World:
             self.lent.append(taken)
         elif wait:
             waiter = place(answer)
-            assert waiter.reserved == (not self.paused and len(self.uses) + len(self.dials) < self.cap)
+            room = not self.paused and not self.broken and len(self.uses) + len(self.dials) < self.cap
+            assert waiter.reserved == room
             assert waiter.turn < 0  # he had not had to wait, and comes before all who do
             self.queue.insert(sum(each.turn < waiter.turn for each in self.queue), waiter)
         else:
@@ -1911,6 +1935,8 @@ class World:
         self.opened += 1
         self.uses[subject] = 0
         self.resting, self.setbacks = False, 0
+        self.broken = self.trial = self.trying = False
+        self.strikes = self.trips = 0
         if generation != self.generation:
             self.fates[subject] = "cleared"
         self.settle(answer, subject)
@@ -1921,8 +1947,13 @@ class World:
         error = OSError()
         # Told to the one for whom it was started, unless he is gone, or has lost his promise of a dial since.
         told = waiter if waiter in self.pool._dialled else None
-        assert self.pool.failed(waiter, error, spare) is told
+        struck = self.pick([True, True, True, False])  # or it could not even begin
+        assert self.pool.failed(waiter, error, spare, struck=struck) is told
         self.failed += 1
+        self.strikes += struck
+        if self.break_after is not None and self.strikes >= self.break_after:
+            self.trips += self.trying or not self.broken
+            self.broken, self.trial, self.trying = True, False, False
         if told is not None:
             assert told.error is error
             self.queue.remove(told)
@@ -1935,18 +1966,23 @@ class World:
         may = self.may_dial() and not self.ended
         assert self.pool.permit_unasked() == may
         if may:
-            self.dials.append((None, self.generation, False))
+            self.dial(None)
 
     def dial_for_the_stock(self) -> None:
         stock = len(self.idle) + len(self.inspected) + len(self.dials) - len(self.queue)
         may = stock < self.min_idle and self.may_dial() and not (self.ended or self.resting or self.paused)
         assert self.pool.permit_spare() == may
         if may:
-            self.dials.append((None, self.generation, True))
+            self.dial(None, spare=True)
 
     def have_rested(self) -> None:
         self.pool.rested()
         self.resting = False
+
+    def half_open(self) -> None:
+        self.pool.half_open()
+        self.trial, self.trying = self.broken, False
+        self.pump()
 
     def retire(self) -> None:
         subject = self.pick(list(self.uses))
@@ -2107,6 +2143,7 @@ class World:
 
     def retire_all(self) -> None:
         self.generation += 1
+        self.trial, self.trying = self.broken, False
         idle, granted = self.idle, [] if self.ended else list(self.granted)
         uncollected = [member(waiter.member) for waiter in granted]
         retired = self.pool.retire_all()
@@ -2134,7 +2171,8 @@ class World:
         assert not any(waiter.member for waiter in self.granted)
         self.cold, self.warm, self.lent, self.inspected, self.granted = [], [], [], [], []
         self.dials, self.unclosed, self.closing, self.uses, self.fates, self.unseen = [], [], [], {}, {}, []
-        self.resting = False
+        self.resting = self.broken = self.trial = self.trying = False
+        self.strikes = self.trips = 0
         self.epoch += 1
         self.ceiling = 0
         self.pump()
@@ -2189,6 +2227,7 @@ class World:
                 ("dial_unasked", self.may_dial()),
                 ("dial_for_the_stock", 1 + (len(self.idle) < self.min_idle)),
                 ("have_rested", self.resting),
+                ("half_open", 2 * self.broken),
             ]
         )
 
@@ -2228,6 +2267,8 @@ class World:
         assert pool._retired_uses + sum(self.uses.values()) == self.borrowed
         assert (pool._resting, pool._setbacks, pool._epoch) == (self.resting, self.setbacks, self.epoch)
         assert (pool._opened, pool._open_failures) == (self.opened, self.failed)
+        assert (pool._broken, pool._trial, pool._trying) == (self.broken, self.trial, self.trying)
+        assert (pool._strikes, pool._trips) == (self.strikes, self.trips)
         assert all(each.cold == self.always_cold for each in self.warm)
         assert all(each.cold for each in self.cold)
         self.check_lanes()
@@ -2275,6 +2316,9 @@ class World:
         if self.ended:
             assert self.pool.total == 0
             return
+        self.pool.half_open()
+        if self.pool.permit_unasked():
+            self.pool.opened(Thing(), self.generation)
         borrowers = [self.pool.take(wait=True) for _ in range(self.cap)]
         while self.pool.permit() is not None:
             self.pool.opened(Thing(), self.generation)
@@ -2321,6 +2365,72 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
 TestAnyOrderOfEvents = AnyOrderOfEvents.TestCase
 TestAnyOrderOfEvents.settings = settings(max_examples=300, stateful_step_count=60)
+
+
+# The breaker
+
+
+def test_the_breaker_opens_after_that_many_failures_in_a_row_and_one_dial_passes_when_it_is_half_open() -> None:
+    pool = core(3, max_connecting=3, break_after=2)
+    for _ in range(2):
+        (waiter,) = queued(pool, 1)
+        assert pool.permit() is waiter
+        assert pool.failed(waiter, OSError()) is waiter
+    assert pool.take(wait=True) is BROKEN
+    assert pool.take(wait=False) is BROKEN
+    pool.half_open()
+    first = place(pool.take(wait=True))
+    assert first.reserved
+    assert pool.permit() is first
+    assert pool.take(wait=True) is BROKEN
+    assert pool.permit() is None
+    assert not pool.permit_unasked()
+    assert pool.opened(Thing()) is first
+    assert [each.reserved for each in queued(pool, 3)] == [True, True, False]
+
+
+def test_half_open_without_a_breaker_that_is_open_means_nothing() -> None:
+    pool = core(break_after=1)
+    pool.half_open()
+    (waiter,) = queued(pool, 1)
+    assert pool.permit() is waiter
+    pool.failed(waiter, OSError())
+    assert pool.take(wait=True) is BROKEN
+
+
+def test_a_dial_that_could_not_begin_does_not_open_the_breaker() -> None:
+    pool = core(break_after=1)
+    (waiter,) = queued(pool, 1)
+    assert pool.permit() is waiter
+    assert pool.failed(waiter, RecursionError(), struck=False) is waiter
+    assert isinstance(pool.take(wait=True), Place)
+
+
+def test_while_the_breaker_is_open_who_waits_is_served_by_what_returns_and_told_when_nothing_can() -> None:
+    pool = core(3, break_after=1)
+    busy = lent(pool)
+    waiters = queued(pool, 3)
+    assert pool.permit() is waiters[0]
+    pool.failed(waiters[0], OSError())
+    assert pool.permit() is None
+    assert pool.hopeless() == []
+    assert not any(each.reserved for each in waiters[1:])
+    assert pool.give(busy) is waiters[1]
+    pool.retire(collected(waiters[1]), "discarded")
+    assert not sound(pool)
+    assert pool.hopeless() == [waiters[2]]
+    assert pool.waiting == 0
+    assert sound(pool)
+
+
+def test_with_max_waiting_0_the_trial_has_room() -> None:
+    pool = core(2, break_after=1, max_waiting=0)
+    (waiter,) = queued(pool, 1)
+    pool.permit()
+    pool.failed(waiter, OSError())
+    pool.half_open()
+    (trial,) = queued(pool, 1)
+    assert pool.permit() is trial
 
 
 def walk(rng: random.Random, worlds: int, steps: int) -> None:
