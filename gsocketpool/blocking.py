@@ -23,12 +23,12 @@ from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
 
 from gsocketpool.arguments import is_seconds, seconds, whole_number
 from gsocketpool.budget import Budget
+from gsocketpool.complaints import broken, exhausted, failing, not_ready
 from gsocketpool.connection import Wrap
 from gsocketpool.core import (
     BROKEN,
     BY_HAND,
     CLOSED,
-    INSPECTED,
     NOBODY,
     RETIRED,
     RETURNING,
@@ -39,11 +39,9 @@ from gsocketpool.core import (
     new_place,
 )
 from gsocketpool.exceptions import (
-    BreakerOpenError,
     ConnectionNotFoundError,
     PoolClosedError,
     PoolError,
-    PoolExhaustedError,
 )
 from gsocketpool.forking import kept, pools
 from gsocketpool.lifetime import Limits
@@ -442,7 +440,7 @@ class BlockingPool(Core[C]):
             while not self._closed and self.size < min(self._min_idle, self._max_connections):
                 left = None if timeout is None else started + timeout - monotonic()
                 if left is not None and left <= 0:
-                    raise self._not_ready_error(started)
+                    raise not_ready(self, started)
                 self._park(place, left)
         finally:
             self._ready.remove(place)
@@ -602,15 +600,15 @@ class BlockingPool(Core[C]):
                             raise
                     return found
                 if limit and not lenient and started + limit <= monotonic():
-                    raise self._exhausted_error(started)
+                    raise exhausted(self, started)
                 found = self.retake(wait, turn)
                 self._wake_unreserved()
             elif found is CLOSED:
                 raise PoolClosedError(f"{self._label} is closed")
             elif found is BROKEN:
-                raise self._broken_error(started)
+                raise broken(self, started)
             else:
-                raise self._exhausted_error(started)
+                raise exhausted(self, started)
 
     def _limit(self, retry: int, retried: int, timeout: float | EllipsisType | None) -> tuple[float | None, bool, bool]:
         """How long an acquire may take, whether a dial may take longer (0.1.6's rule), and whether it may wait."""
@@ -646,14 +644,14 @@ class BlockingPool(Core[C]):
         if place.error is not None:
             error, place.error = place.error, None
             if error is HOPELESS:
-                error = self._broken_error(started)
+                error = broken(self, started)
             try:
                 raise error
             finally:
                 del error  # it refers to this frame
         member = self.abandon(place)
         if member is None:
-            raise self._exhausted_error(started)
+            raise exhausted(self, started)
         return member
 
     def _is_expired(self, member: Member[C]) -> bool:
@@ -696,96 +694,6 @@ class BlockingPool(Core[C]):
         if member.holder is not None:
             self.reject(member)
             self._close_all([member])
-
-    def _not_ready_error(self, started: float) -> PoolExhaustedError:
-        if self._paused:
-            advice = "the pool is paused: resume() dials again"
-        elif self._resting:
-            advice = (
-                f"the next dial for them in {self._upkeep.rest(self, self._setbacks):.2f} s; wait longer (timeout=)"
-            )
-        else:
-            advice = "wait longer (timeout=)"
-        return self._exhausted_error(started, f"{self.size} of min_idle={self._min_idle} connections open", advice)
-
-    def _exhausted_error(
-        self, started: float, what: str = "no connection to lend", advice: str | None = None
-    ) -> PoolExhaustedError:
-        self._exhausted += 1
-        stats = self.stats()
-        waited = monotonic() - started
-        parts = [
-            f"{self._label} has {what} after {waited:.3f} s: {stats.in_use} of at most {stats.max_connections} in use, "
-            f"{stats.idle} idle, {stats.opening} opening, {self._closing} closing, {stats.waiting} others waiting"
-        ]
-        if self._last_error is not None:
-            parts.append(f"the last connect error was {self._last_error!r}")
-        if advice is None:
-            if self._max_waiting is not None and stats.waiting >= self._max_waiting:
-                parts.append(f"as many wait as max_waiting={self._max_waiting} allows")
-            parts += self._who_holds()
-            advice = self._advice()
-        text = "; ".join([*parts, advice])
-        return PoolExhaustedError(text, stats=stats, waited=waited, last_error=self._last_error)
-
-    def _broken_error(self, started: float) -> BreakerOpenError:
-        self._exhausted += 1
-        failing, left = time.time() - self._failing_since, self._upkeep.rest_of_break()
-        when = "under way" if self._trying else f"in {left:.2f} s"
-        text = (
-            f"{self._label} dials no more for now: {self._failing()}, the first {failing:.1f} s ago, at "
-            f"{time.strftime('%H:%M:%S', time.localtime(self._failing_since))}, the last with {self._last_error!r}; "
-            f"the next try is {when} (breaker={self._break_after})"
-        )
-        return BreakerOpenError(
-            text,
-            stats=self.stats(),
-            waited=monotonic() - started,
-            last_error=self._last_error,
-            failures=self._strikes,
-            since=self._failing_since,
-            retry_after=left,
-        )
-
-    def _failing(self) -> str:
-        return f"{self._strikes} dials in a row have failed" if self._strikes > 1 else "1 dial in a row has failed"
-
-    def _who_holds(self) -> list[str]:
-        members = self._members.values()
-        found = []
-        asked = sum(member.holder is INSPECTED for member in members)
-        if asked:
-            found.append(f"{asked} of those in use are being asked by the pool itself whether they still live")
-        longest: Loan | None = min((m.loan for m in members if m.loan is not None), key=_since, default=None)
-        if longest is not None:
-            held = monotonic() - longest.since
-            found.append(f"{longest.borrower!r} has held one for {held:.3f} s, borrowed {longest.where()}")
-        return found
-
-    def _advice(self) -> str:
-        if self._paused:
-            return "the pool is paused: resume() lends again"
-        if self._is_deadlocked():
-            return (
-                "a deadlock: every borrower is waiting for a further connection of this pool; borrow all that a task "
-                "needs at once, or fewer at a time"
-            )
-        if self._dialling:
-            return "give the dial longer (timeout=), or bound it (connect_timeout=)"
-        if self._broken:
-            left = self._upkeep.rest_of_break()
-            return (
-                f"{self._failing()}, so there is none for now, and the next in {left:.2f} s "
-                f"(breaker={self._break_after}): return connections sooner, or wait longer (timeout=)"
-            )
-        if self._budget is not None and not self._budget.has_one():
-            text = f"its budget is used up ({self._budget.used} of {self._budget.max_total})"
-            if self._budget.last_error is not None:
-                text += f", and its last error was {self._budget.last_error!r}"
-            return f"{text}: return connections sooner, wait longer (timeout=), or raise max_total"
-        if self.total < self._max_connections:
-            return "there is room for more, but none was idle, and timeout=0 opens none"
-        return "return connections sooner, wait longer (timeout=), or raise max_connections"
 
     # Behind release
 
@@ -845,16 +753,6 @@ class BlockingPool(Core[C]):
     def _end_loan(self, member: Member[C]) -> None:
         if self._ledger is not None:
             self._ledger.end(self, member)
-
-    def _is_deadlocked(self) -> bool:
-        """Whether everybody who has a connection waits for one, including whoever asks."""
-        if self._ledger is None or self.in_use < self._max_connections:
-            return False
-        me, waiting = self._borrower(), self._ledger.waiting
-        return all(
-            member.loan is not None and (member.loan.borrower is me or id(member.loan.borrower) in waiting)
-            for member in self._members.values()
-        )
 
     # Dials
 
@@ -942,7 +840,7 @@ class BlockingPool(Core[C]):
         if self._trips > trips and not self._closed:
             pause = self._upkeep.pause_dials(self, self._trips)
             level = logging.WARNING if self._trips == 1 else logging.DEBUG
-            say(level, "%s: %s; the next one in %.2f s: %r", self._label, self._failing(), pause, problem)
+            say(level, "%s: %s; the next one in %.2f s: %r", self._label, failing(self), pause, problem)
         if spare and not self._closed:
             known = self._upkeep.resting
             pause = self._upkeep.rest(self, self._setbacks)
@@ -1011,7 +909,7 @@ class BlockingPool(Core[C]):
                 tally.error = self._dial(None, False, self._epoch) or tally.error
                 tally.left -= 1
             if tally.unstarted == tally.left and tally.error is None and tally.left:  # no permit, and nothing runs
-                tally.error = self._exhausted_error(began, f"{tally.left} of {count} initial connections missing")
+                tally.error = exhausted(self, began, f"{tally.left} of {count} initial connections missing")
             if tally.error is not None or not tally.left:
                 self._wake(tally.place)
 
@@ -1225,10 +1123,6 @@ class _Tally(Generic[C]):
         self.left = self.unstarted = jobs
         self.error: BaseException | None = None
         self.place: Place[C] = new_place()
-
-
-def _since(loan: Loan) -> float:
-    return loan.since
 
 
 def _name_of(factory: object) -> str:

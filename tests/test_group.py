@@ -8,6 +8,7 @@ import array
 import contextlib
 import copy
 import gc
+import logging
 import os
 import pickle
 import random
@@ -732,7 +733,7 @@ def test_g11_a_closed_group_lends_nothing_and_makes_no_pool(server: Server) -> N
         lend_and_return(group, **at(server))
         pool = group.pool(**at(server))
     for call in (group.pool, group.connection):
-        with pytest.raises(PoolClosedError, match="PoolGroup 'billing' is closed"), call(**at(server), db=1):  # type: ignore[operator]
+        with pytest.raises(PoolClosedError, match="PoolGroup 'billing' is closed"), call(**at(server), db=1):
             pass
     with pytest.raises(PoolClosedError), group.connection(**at(server)):
         pass
@@ -1127,7 +1128,11 @@ def test_a_thousand_endpoints_come_and_go_and_leave_nothing_behind(
         assert is_tidy(group)
 
 
-def test_a_thousand_endpoints_that_are_down_leave_nothing_behind(logged: Logged) -> None:
+def test_a_thousand_endpoints_that_are_down_leave_nothing_behind(
+    logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pytest keeps the records, these keep the errors, these their tracebacks, and these whatever was at hand there.
+    monkeypatch.setattr(logging.getLogger("gsocketpool"), "propagate", False)
     with PoolGroup(Marked, forget_after=0.05, breaker=1, backoff=(0.02, 0.02), max_total=100) as group:
         port = refused_port()
 

@@ -521,7 +521,7 @@ class Storm:
 
     def take_turns(self, name: str, short: bool) -> None:
         for turn in range(3):
-            limit = self.rng.random() * 0.01 if short else None
+            limit = 0.001 + self.rng.random() * 0.01 if short else None
             try:
                 with gevent.Timeout(limit), self.pick().connection(timeout=4 * BOUND) as connection:
                     for part in range(self.rng.randrange(1, 4)):
@@ -541,7 +541,7 @@ class Storm:
 
     def hang_up(self) -> None:
         while not self.over:
-            gevent.sleep(self.rng.random() * 0.02)
+            gevent.sleep(0.001 + self.rng.random() * 0.02)
             self.rng.choice(self.street.houses).hang_up()
 
     def rage(self, count: int, *more: Callable[[], None], hang_up: bool = True) -> None:
@@ -551,7 +551,7 @@ class Storm:
         users = [gevent.spawn(self.use, f"user {number}", number % 6 == 0) for number in range(count)]
         wait_for(lambda: self.begun == count, "all are at it")
         for each in self.rng.sample(users, count // 6):
-            gevent.sleep(self.rng.random() * 0.004)
+            gevent.sleep(0.001 + self.rng.random() * 0.003)
             each.kill(gevent.GreenletExit if self.rng.random() < 0.5 else gevent.Timeout(), block=False)
         gevent.joinall(users, timeout=12 * BOUND, raise_error=True)
         assert all(user.ready() for user in users), "somebody is never served"
@@ -748,9 +748,9 @@ def test_g1_g4_a_limit_kept_elsewhere_holds_for_two_groups_in_a_storm(rng: rando
             while not all(storm.over for storm in storms):
                 if counter.taken < counter.limit:
                     counter.taken += 1
-                    gevent.sleep(rng.random() * 0.005)
+                    gevent.sleep(0.001 + rng.random() * 0.004)
                     counter.taken -= 1
-                gevent.sleep(rng.random() * 0.005)
+                gevent.sleep(0.001 + rng.random() * 0.004)
 
         def replenish() -> None:
             while not all(storm.over for storm in storms):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import greenlet
 import pytest
 from gevent.event import Event
 
-from gsocketpool import Pool, PoolExhaustedError, PoolGroup, upkeep
+from gsocketpool import Pool, PoolExhaustedError, PoolGroup
 from tests.conftest import Logged
 from tests.dials import BOUND, Attempt
 from tests.servers import LineEchoServer, Server, refused_port
@@ -142,8 +143,11 @@ def test_killed_while_it_sleeps_it_goes_on_and_is_still_one(server: Server, upke
 
 def test_killed_before_it_could_begin_it_begins_all_the_same(server: Server, upkeeps: Upkeeps) -> None:
     with PoolGroup(Marked, idle_timeout=0.05) as group:
-        for task in (group.pool(**at(server)), *upkeeps())[1:]:
-            task.kill()  # type: ignore[union-attr]
+        group.pool(**at(server))
+        unbegun = [
+            each for each in gc.get_objects() if isinstance(each, gevent.Greenlet) and not each and not each.dead
+        ]
+        gevent.killall(unbegun)
         lend_and_return(group, **at(server))
         upkeeps.settle(1)
         until("it idled too long", lambda: group.stats().idle == 0)
@@ -215,11 +219,11 @@ def test_a_round_that_takes_longer_than_a_tick_lets_others_run(monkeypatch: pyte
         slowness += 0.001
         return real() + slowness
 
-    real = upkeep.monotonic
+    real = time.monotonic
     with PoolGroup(Nothing, check_after_idle=0.02) as group:
         for number in range(300):
             lend_and_return(group, host=number)
-        monkeypatch.setattr(upkeep, "monotonic", slow)
+        monkeypatch.setattr("gsocketpool.upkeep.monotonic", slow)
         for _ in range(20):
             gevent.sleep(0.001)
         monkeypatch.undo()
