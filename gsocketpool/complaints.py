@@ -6,6 +6,7 @@ import time
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from gsocketpool.budget import Budget
 from gsocketpool.core import INSPECTED
 from gsocketpool.exceptions import BreakerOpenError, PoolExhaustedError
 from gsocketpool.loans import Loan
@@ -20,6 +21,8 @@ def not_ready(pool: BlockingPool[Any], started: float) -> PoolExhaustedError:
     """`wait_ready` had to give up."""
     if pool._paused:
         advice = "the pool is paused: resume() dials again"
+    elif pool._budget is not None and not pool._budget.has_one():
+        advice = _of_budget(pool._budget)
     elif pool._resting:
         advice = f"the next dial for them in {pool._upkeep.rest(pool, pool._setbacks):.2f} s; wait longer (timeout=)"
     else:
@@ -105,13 +108,17 @@ def _advice(pool: BlockingPool[Any]) -> str:
             f"(breaker={pool._break_after}): return connections sooner, or wait longer (timeout=)"
         )
     if pool._budget is not None and not pool._budget.has_one():
-        text = f"its budget is used up ({pool._budget.used} of {pool._budget.max_total})"
-        if pool._budget.last_error is not None:
-            text += f", and its last error was {pool._budget.last_error!r}"
-        return f"{text}: return connections sooner, wait longer (timeout=), or raise max_total"
+        return _of_budget(pool._budget)
     if pool.total < pool._max_connections:
         return "there is room for more, but none was idle, and timeout=0 opens none"
     return "return connections sooner, wait longer (timeout=), or raise max_connections"
+
+
+def _of_budget(budget: Budget) -> str:
+    text = f"its budget is used up ({budget.used} of {budget.max_total})"
+    if budget.last_error is not None:
+        text += f", and its last error was {budget.last_error!r}"
+    return f"{text}: return connections sooner, wait longer (timeout=), or raise max_total"
 
 
 def _is_deadlocked(pool: BlockingPool[Any]) -> bool:

@@ -993,7 +993,7 @@ class Core(Generic[C]):
     # Waiters
 
     def _requeue(self, place: Place[C]) -> None:
-        queue = self._dialled or self._undialled
+        queue = self._dialled if any(each.turn > place.turn for each in self._dialled) else self._undialled
         ahead = []
         while queue and queue[0].turn < place.turn:
             ahead.append(queue.first())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import weakref
 from collections.abc import Callable, Hashable, Mapping
@@ -138,7 +137,7 @@ class PoolGroup(Generic[C]):
         self._budget = budget
         self._closed = False
         self._home = get_ident()
-        self._numbers = itertools.count(1)
+        self._names: set[str] = set()  # of the pools that there are
         self._rounds = _GroupRounds(self)
         self._pools: dict[Hashable, Endpoint[C]] = {}
         # Forgotten, but somebody may still refer to one; and then it must not be made a second time.
@@ -162,7 +161,7 @@ class PoolGroup(Generic[C]):
 
     def pool(self, /, **options: Any) -> Pool[C]:
         """The pool of the endpoint which the options say. The same one each time, as long as there is anything in it,
-        or somebody refers to it.
+        or somebody refers to it. Keep it at hand for as long as you have something of it that you acquired by hand.
 
         :param options: keyword arguments for the factory; a copy is kept.
         :raises PoolClosedError: the group is closed. What was borrowed before that can still be given back.
@@ -244,7 +243,7 @@ class PoolGroup(Generic[C]):
 
     def __repr__(self) -> str:
         stats = self.stats()
-        state = "closed" if self._closed else f"{len(self._pools)} endpoints"
+        state = "closed" if self._closed else f"{len(self._pools)} endpoint{'s' * (len(self._pools) != 1)}"
         cap = "" if stats.max_total is None else f" of at most {stats.max_total}"
         return (
             f"<{self._label}: {state}, {stats.idle} idle, {stats.in_use} in use, {stats.opening} opening{cap}, "
@@ -261,10 +260,16 @@ class PoolGroup(Generic[C]):
         if isinstance(where, (str, bytes, os.PathLike)):
             where = os.fsdecode(where).replace("\0", "@")
             if "host" in options and "port" in options:
-                where += f":{options['port']}"
+                where = f"[{where}]:{options['port']}" if ":" in where else f"{where}:{options['port']}"
         else:
-            where = f"endpoint {next(self._numbers)}"
-        return f"{self._name} {where}" if self._name else where
+            where = "endpoint"
+        base = f"{self._name} {where}" if self._name else where
+        name, number = base, 1
+        while name in self._names:
+            number += 1
+            name = f"{base} #{number}"
+        self._names.add(name)
+        return name
 
     def _alive(self) -> list[Endpoint[C]]:
         self._leaving = [pool for pool in self._leaving if pool.in_use]
@@ -315,8 +320,10 @@ class _GroupRounds(Rounds):
     def disown(self, pool: Endpoint[Any]) -> None:
         """Nobody refers to it any more. It must not be found again while it goes."""
         group = self._group()
-        if group is not None and group._known.get(pool._key) is pool:
-            del group._known[pool._key]
+        if group is not None:
+            group._names.discard(pool._settings.name or "")
+            if group._known.get(pool._key) is pool:
+                del group._known[pool._key]
 
     def tended(self, pool: BlockingPool[Any], pause: float) -> float:
         group = self._group()
@@ -362,8 +369,9 @@ def _copy(value: Any) -> Any:
         return {key: _copy(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_copy(each) for each in value]
-    if type(value) is tuple:
-        return tuple(_copy(each) for each in value)
+    if isinstance(value, tuple):
+        copies = [_copy(each) for each in value]
+        return value._make(copies) if hasattr(value, "_make") else tuple(copies)  # a named tuple, or not
     if isinstance(value, (set, bytearray)):
         return type(value)(value)
     return value

@@ -25,10 +25,10 @@ C = TypeVar("C")
 
 READ: Final = 1  # gevent's flag for an io watcher
 
-#: Seconds that the upkeep sleeps at most, where nothing is due: a timer takes no infinite number; and at least: libuv
-#: warns of less.
+#: Seconds that the upkeep sleeps at most, where nothing is due: a timer takes no infinite number. And what any timer is
+#: set to at least: libuv warns of less.
 LONGEST_DOZE: Final = 86_400.0
-SHORTEST_DOZE: Final = 0.001
+SHORTEST_WAIT: Final = 0.001
 
 get_ident = get_original("_thread", "get_ident")
 
@@ -125,7 +125,7 @@ class Pool(BlockingPool[C]):
         place.waiter = switch = getcurrent().switch
         timer = None
         if limit is not None:
-            timer = self._timer(limit)
+            timer = self._timer(max(limit, SHORTEST_WAIT))
             timer.start(switch)
         try:
             hub.switch()
@@ -168,7 +168,7 @@ class Pool(BlockingPool[C]):
                 self._alarm = None
 
     def _set_alarm(self) -> None:
-        self._alarm = self._timer(max(self._patient[0].deadline - monotonic(), SHORTEST_DOZE))
+        self._alarm = self._timer(max(self._patient[0].deadline - monotonic(), SHORTEST_WAIT))
         self._alarm.start(self._ring)
 
     def _ring(self) -> None:
@@ -208,7 +208,7 @@ class Pool(BlockingPool[C]):
     def _doze(place: Place[Any], duration: float) -> None:
         hub = get_hub()
         place.waiter = getcurrent().switch
-        timer = hub.loop.timer(min(max(duration, SHORTEST_DOZE), LONGEST_DOZE), ref=False)
+        timer = hub.loop.timer(min(max(duration, SHORTEST_WAIT), LONGEST_DOZE), ref=False)
         timer.start(place.waiter)
         try:
             hub.switch()

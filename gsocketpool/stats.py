@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 __all__ = ["GroupStats", "Holder", "PoolStats"]
@@ -65,7 +65,7 @@ class PoolStats:
     breaker: str = "closed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GroupStats:
     """One look at a group.
 
@@ -74,8 +74,15 @@ class GroupStats:
     :ivar max_total: the cap on all their sockets, None if there is none.
     """
 
-    endpoints: Mapping[Hashable, PoolStats] = field(repr=False)  # there may be passwords among the options
+    endpoints: Mapping[Hashable, PoolStats]
     max_total: int | None
+
+    def __repr__(self) -> str:
+        # Not the endpoints by name: there may be passwords among the options.
+        return (
+            f"<{type(self).__name__} of {len(self.endpoints)}: {self.idle} idle, {self.in_use} in use, "
+            f"{self.opening} opening, {self.waiting} waiting, max_total {self.max_total}>"
+        )
 
     @property
     def size(self) -> int:

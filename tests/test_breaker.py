@@ -743,9 +743,12 @@ def test_beside_a_trial_that_hangs_for_longer_than_the_longest_pause_there_is_an
         if succeeds == "neither":
             until("it half-opens", lambda: state(pool) == "half-open")
             until("there is another", lambda: len(dials) == 4)
-            dials[3].go_on()
+        if first.result() is not REFUSED:
+            pool.release(first.result())
+        gevent.sleep(0)
+        for dial in dials[3:]:  # what the second has begun since
+            dial.go_on()
         assert second.result() is None
-        assert first.result() in (REFUSED, *dials)
         assert (state(pool), is_sound(pool)) == ("closed", True)
 
 
@@ -1453,12 +1456,7 @@ def test_g4_an_endpoint_that_comes_and_goes_under_load_costs_no_slot(
     assert sum(outcomes.values()) == 12 * requests
     assert outcomes["served"] > 100, outcomes
     assert outcomes["BreakerOpenError"] > 10, outcomes
-    try:
-        until("it has recovered", lambda: state(pool) == "closed" and pool.idle)
-    except AssertionError:
-        u=pool._upkeep
-        print("XXX", pool.stats(), pool._paused, pool._trial, pool._trying, pool._trips, u._trial_at-monotonic(), u._rest_until-monotonic(), u.wakes_at-monotonic(), pool._resting, pool._members, proxy._mode, outcomes)
-        raise
+    until("it has recovered", lambda: state(pool) == "closed" and pool.idle)
     until("nothing is under way", lambda: pool.total == pool.size == pool.idle)
     assert is_sound(pool)
     lent = [pool.acquire(timeout=BOUND) for _ in range(cap)]

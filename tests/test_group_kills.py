@@ -28,7 +28,7 @@ import pytest
 from gevent import subprocess
 from gevent.event import Event
 
-from gsocketpool import BreakerOpenError, Budget, Pool, PoolError, PoolGroup
+from gsocketpool import BreakerOpenError, Budget, Pool, PoolError, PoolExhaustedError, PoolGroup
 from tests.knife import ASLEEP, WAKING, Knife
 from tests.servers import LineEchoServer, refused_port
 from tests.test_kills import THROWN, Line, SlowToCheck, SlowToClose, SlowToOpen, SlowToReset
@@ -290,7 +290,8 @@ def resizing(town: Town) -> None:
 
 def idle_in(*numbers: int) -> Callable[[Town], list[gevent.Greenlet[..., None]]]:
     def begin(town: Town) -> list[gevent.Greenlet[..., None]]:
-        town.stock(*numbers)
+        if numbers:
+            town.stock(*numbers)
         return []
 
     return begin
@@ -411,6 +412,7 @@ SCENARIOS: dict[
     "the close of what comes back": (borrowing, SlowToClose, "close", {}, lent_in(B, B, C), [(C, A)]),
     "the dial for which room was made": (borrowing, SlowToOpen, "open", {}, idle_in(B, B, C), [(C, A)]),
     "the dial for the last unit": (borrowing, SlowToOpen, "open", {}, lent_in(B, C), [(C,), (B, A)]),
+    "the dial for a stock": (borrowing, SlowToOpen, "open", {"min_idle": 1}, idle_in(), [(C, A), (B, B)]),
 }
 
 
@@ -586,12 +588,12 @@ class Storm:
 
 
 def patiently(pool: Pool[Line]) -> Line:
-    """Borrow, when the breaker lets it be."""
-    with gevent.Timeout(BOUND, AssertionError("the breaker never closes")):
+    """Borrow, as soon as the breaker and `max_waiting` let it be."""
+    with gevent.Timeout(BOUND, AssertionError("nobody is served")):
         while True:
             try:
                 return pool.acquire(timeout=BOUND)
-            except BreakerOpenError:
+            except (PoolExhaustedError, OSError):  # what is known of it is what was, or too many wait already
                 gevent.sleep(0.001)
 
 
@@ -694,6 +696,165 @@ def test_g1_g4_a_budget_is_resized_under_load(rng: random.Random, logged: Any) -
         storm.afterwards(2)
         group.close()
         street.wait_all_closed()
+        logged.take()
+
+
+class Anything(SlowToOpen):
+    """Whatever the pool asks of it may wait."""
+
+    def close(self) -> None:
+        gevent.sleep(0)
+        super().close()
+
+    def reset(self) -> None:
+        self.ask("reset")
+
+    def keepalive(self) -> bool:
+        self.ask("alive")
+        return True
+
+    def is_expired(self) -> bool:
+        gevent.sleep(0)
+        return id(self) % 5 == 0
+
+
+class Turmoil(Storm):
+    """Whatever can be done to a group and its endpoints is done, some of which is done for long by the group itself."""
+
+    def __init__(self, rng: random.Random, street: Street) -> None:
+        self.cap = rng.randrange(1, 5)
+        self.total = rng.randrange(1, 9)
+        self.options: dict[str, Any] = {
+            "max_connecting": rng.choice([None, 1, 2, 5]),
+            "forget_after": rng.choice([0, 0.01, 60]),
+            "breaker": rng.choice([None, 1, 3]),
+            "backoff": (0.002, 0.01),
+            "min_idle": rng.choice([0, 0, 1]),
+            "keepalive": rng.choice([None, 0.02]),
+            "idle_timeout": rng.choice([None, 0.05]),
+            "max_lifetime": rng.choice([None, 0.1]),
+            "max_uses": rng.choice([None, 3]),
+            "max_waiting": rng.choice([None, 3]),
+            "order": rng.choice(["lifo", "fifo"]),
+            "reclaim": rng.choice([False, True]),
+            "reap_interval": 0.05,
+        }
+        self.group: PoolGroup[Line] = PoolGroup(
+            of_its_own(Anything),
+            max_connections=self.cap,
+            max_total=self.total,
+            check_after_idle=0,
+            **self.options,
+        )
+        assert self.group.budget is not None
+        super().__init__(rng, street, self.group.budget, [])
+        self.endpoints = [at(house) for house in street.houses]
+        self.everywhere = [*self.endpoints, {"host": "127.0.0.1", "port": refused_port()}]
+
+    def pick(self) -> Pool[Line]:
+        return self.group.pool(**self.rng.choice(self.everywhere))
+
+    def watch(self) -> None:
+        while not self.over:
+            look(self.budget, self.group.pools)
+            gevent.sleep(0.001)
+
+    def take_turns(self, name: str, short: bool) -> None:
+        deeds = [*[self.borrow] * 14, *[self.by_hand] * 3, self.clear, self.clear_one, self.reap, self.pause]
+        deeds += [self.resize, self.resize_one, self.hang_up_once]
+        for turn in range(6):
+            with contextlib.suppress(PoolError, OSError, gevent.Timeout):
+                self.rng.choice(deeds)(f"{name} {turn}")
+            gevent.sleep(self.rng.choice([0, 0, 0.001]))
+
+    def borrow(self, text: str) -> None:
+        limit = self.rng.choice([0, 0.01, BOUND, 4 * BOUND])
+        with (
+            gevent.Timeout(self.rng.choice([None, 0.002, 0.02])),
+            self.group.connection(limit, **self.rng.choice(self.everywhere)) as connection,
+        ):
+            connection.ask(text)
+            self.served += 1
+            if self.rng.random() < 0.05:
+                self.group.clear()
+
+    def by_hand(self, text: str) -> None:
+        pool = self.pick()
+        connection = pool.acquire(retry=self.rng.choice([0, 1, 10]))
+        try:
+            connection.ask(text)
+        finally:
+            if self.rng.random() < 0.3:
+                pool.drop(connection)
+            else:
+                pool.release(connection)
+
+    def clear(self, text: str) -> None:
+        self.group.clear()
+
+    def clear_one(self, text: str) -> None:
+        self.pick().clear()
+
+    def reap(self, text: str) -> None:
+        self.pick().drop_expired()
+
+    def pause(self, text: str) -> None:
+        pool = self.pick()
+        pool.pause()
+        try:
+            gevent.sleep(0.001)
+        finally:
+            pool.resume()
+
+    def resize(self, text: str) -> None:
+        self.budget.resize(self.rng.randrange(1, self.total + 1))
+
+    def resize_one(self, text: str) -> None:
+        self.pick().resize(self.rng.randrange(1, self.cap + 1))
+
+    def hang_up_once(self, text: str) -> None:
+        self.rng.choice(self.street.houses).hang_up()
+
+    def serves(self) -> None:
+        """As many at once as ever."""
+        self.budget.resize(self.total)
+        pools = [self.group.pool(**endpoint) for endpoint in self.endpoints]
+        for pool in pools:
+            pool.resize(self.cap)
+        entered: list[int] = []
+        everybody = Event()
+        room = [pool for pool in pools for _ in range(self.cap)]
+        count = min(self.total, len(room))
+
+        def use(pool: Pool[Line]) -> None:
+            connection = patiently(pool)
+            entered.append(id(connection))
+            if len(entered) == count:
+                everybody.set()
+            assert everybody.wait(BOUND), "fewer than max_total are served at once"
+            pool.drop(connection)
+
+        using = [gevent.spawn(use, pool) for pool in self.rng.sample(room, count)]
+        gevent.joinall(using, timeout=3 * BOUND, raise_error=True)
+        assert len(set(entered)) == count
+        look(self.budget, self.group.pools)
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_g1_g4_whatever_is_done_to_a_group_in_whichever_order_nothing_is_lost(
+    number: int, rng: random.Random, logged: Any
+) -> None:
+    with Street(4) as street:
+        turmoil = Turmoil(rng, street)
+        print(turmoil.cap, turmoil.total, turmoil.options)
+        turmoil.rage(60, hang_up=False)
+        turmoil.serves()
+        assert street.most <= turmoil.total
+        assert all(house.most <= turmoil.cap for house in street.houses)
+        turmoil.group.close()
+        street.wait_all_closed()
+        wait_for(lambda: turmoil.budget.used == 0, "all is closed")
+        assert turmoil.budget.faults() == []
         logged.take()
 
 
@@ -1180,7 +1341,8 @@ def share_a_limit(path: str, count: str, *ports: str) -> None:
     assert not replenishing.ready()
     replenishing.kill()
     group.close()
-    assert (served, budget.used) == (50, 0)
+    wait_for(lambda: budget.used == 0, "all is closed")
+    assert served == 50
     print("all served")
 
 

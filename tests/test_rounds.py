@@ -354,7 +354,7 @@ def test_leaks_are_reported_for_each_endpoint_by_its_name(server: Server, logged
         for lease in leases:
             lease.__enter__()
         leaks = [record.getMessage() for record in logged.take(COUNT)]
-        assert all(f"Endpoint 'billing {server.host}:{server.port}': " in leak for leak in leaks)
+        assert [leak.split("'")[1] for leak in leaks] == [pool_name(pool) for pool in pools]
         for lease in leases:
             lease.__exit__(None, None, None)
         logged.take(COUNT)
