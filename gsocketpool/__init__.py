@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gsocketpool.budget import Budget
+from gsocketpool.budget import Budget, Quota
 from gsocketpool.connection import (
     Connection,
     EndOfStreamError,
@@ -42,6 +42,7 @@ __all__ = [
     "PoolExhaustedError",
     "PoolGroup",
     "PoolStats",
+    "Quota",
     "StreamConnection",
     "TcpConnection",
     "UnixConnection",

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import weakref
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from gsocketpool.arguments import whole_number
 
 if TYPE_CHECKING:
     from gsocketpool.core import Core, Member
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "Quota"]
 
 #: A time, and since then: which pool. The number keeps pools from being compared.
 Entry: TypeAlias = "tuple[int, int, weakref.ref[Core[Any]]]"
 
 #: Later than every turn.
 NO_TURN: Final = 2**62
+
+
+class Quota(Protocol):
+    """A limit that is kept elsewhere: for many processes, say, that share what one database allows."""
+
+    def take(self) -> bool:
+        """Take a unit, if there is one. Must not wait. An exception means that there is none."""
+
+    def give_back(self) -> None:
+        """A unit that was taken is free. Must not wait."""
 
 
 class Budget:
@@ -29,19 +39,24 @@ class Budget:
     back is closed for him rather than lent to somebody who came later. Who waits only because his own pool is full
     stands in nobody's way.
 
-    A limit that is kept elsewhere, for many processes say, is a subclass with a `_take` and a `_give_back` of its own,
-    which must not wait; when that limit has units again, call :meth:`replenished`. If `_take` raises, there is no unit,
-    and `last_error` says why.
-
     A budget and its pools belong to one thread.
 
     :param max_total: most sockets of all these pools.
-    :raises TypeError: it is no whole number.
-    :raises ValueError: it is less than 1.
+    :param quota: a limit that is kept elsewhere, an object with the methods of :class:`~gsocketpool.Quota`: each unit
+        is taken from there too, and given back. When it has units again that none of these pools gave back, call
+        :meth:`replenished`. None: there is no other limit.
+    :ivar last_error: what `quota` raised last, or None.
+    :raises TypeError: `max_total` is no whole number, or `quota` lacks a method.
+    :raises ValueError: `max_total` is less than 1.
     """
 
-    def __init__(self, max_total: int) -> None:
+    def __init__(self, max_total: int, *, quota: Quota | None = None) -> None:
         self._max_total = whole_number("max_total", max_total, least=1)
+        if quota is not None:
+            for method in ("take", "give_back"):
+                if not callable(getattr(quota, method, None)):
+                    raise TypeError(f"quota must have a method {method}(): {type(quota).__name__} has none")
+        self._quota = quota
         self.taken = 0  # units
         self._closing = 0  # of these; they will be free before long
         self._dry = False  # a unit was refused, and none has come back since
@@ -69,17 +84,8 @@ class Budget:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.taken} of {self._max_total} used, by {len(self._pools)} pools>"
 
-    # Where a limit kept elsewhere comes in.
-
-    def _take(self) -> bool:
-        """Take a unit; False if there is none. Called only while fewer than `max_total` are used."""
-        return True
-
-    def _give_back(self) -> None:
-        """A unit that was taken is free."""
-
     def replenished(self) -> None:
-        """There may be units again that were not given back by a pool of this budget: whoever waits for one dials."""
+        """The `quota` may have units again that no pool of this budget gave back: whoever waits for one dials."""
         self._dry = False
         self._share_out()
 
@@ -227,19 +233,21 @@ class Budget:
     def _takes(self) -> bool:
         if self._free() <= 0:
             return False
-        try:
-            self._dry = not self._take()
-        except Exception as error:
-            self._dry, self.last_error = True, error
+        if self._quota is not None:
+            try:
+                self._dry = not self._quota.take()
+            except Exception as error:
+                self._dry, self.last_error = True, error
         self.taken += not self._dry
         return not self._dry
 
     def _returns(self) -> None:
         self._dry = False
-        try:
-            self._give_back()
-        except Exception as error:
-            self.last_error = error
+        if self._quota is not None:
+            try:
+                self._quota.give_back()
+            except Exception as error:
+                self.last_error = error
 
     def _more_wait_than(self, units: int, turn: int) -> bool:
         """Whether so many and more wait for a unit since before this turn. Looks at no more than it must."""

@@ -389,7 +389,8 @@ def test_who_waits_for_the_last_connection_does_not_wait_for_its_close(server: L
             super().close()
 
     dials = Dials(server)
-    with Pool(Slow, {"dials": dials}, breaker=1, backoff=LONG, check_after_idle=None) as pool:
+    kind: type[Held] = Slow
+    with Pool(kind, {"dials": dials}, breaker=1, backoff=LONG, check_after_idle=None) as pool:
         connection = serve(pool, dials)
         fail(pool, dials)
         waiter = Attempt(pool.acquire, timeout=None)
@@ -749,7 +750,8 @@ def test_beside_a_trial_that_hangs_for_longer_than_the_longest_pause_there_is_an
         for dial in dials[3:]:  # what the second has begun since
             dial.go_on()
         assert second.result() is None
-        assert (state(pool), is_sound(pool)) == ("closed", True)
+        assert succeeds == "first" or state(pool) == "closed"  # else the other one failed later than that
+        assert is_sound(pool)
 
 
 def test_a_trial_that_is_killed_is_followed_by_another(dials: Dials) -> None:
@@ -1398,7 +1400,7 @@ def test_g4_an_endpoint_that_comes_and_goes_under_load_costs_no_slot(
     proxy: Proxy, server: LineEchoServer, rng: random.Random, logged: Logged
 ) -> None:
     outcomes: dict[str, int] = {}
-    cap, requests = 6, 300
+    cap = 6
     pool = Pool(
         Greeting,
         {"host": "127.0.0.1", "port": proxy.port, "timeout": 0.05},
@@ -1411,8 +1413,17 @@ def test_g4_an_endpoint_that_comes_and_goes_under_load_costs_no_slot(
     )
     done = False
 
+    def enough() -> bool:
+        return (
+            sum(outcomes.values()) >= 4_000
+            and outcomes.get("served", 0) > 200
+            and outcomes.get("BreakerOpenError", 0) > 50
+        )
+
     def use(number: int) -> None:
-        for turn in range(requests):
+        turn = 0
+        while not enough():
+            turn += 1
             way: dict[str, Any] = rng.choice([{}, {"timeout": None}, {"timeout": 0.01}, {"timeout": 0}, {"retry": 0}])
             text = f"{number}.{turn}"
             try:
@@ -1453,9 +1464,6 @@ def test_g4_an_endpoint_that_comes_and_goes_under_load_costs_no_slot(
     flapping.get(timeout=BOUND)
     proxy.forward()
     pool.resize(cap)
-    assert sum(outcomes.values()) == 12 * requests
-    assert outcomes["served"] > 100, outcomes
-    assert outcomes["BreakerOpenError"] > 10, outcomes
     until("it has recovered", lambda: state(pool) == "closed" and pool.idle)
     until("nothing is under way", lambda: pool.total == pool.size == pool.idle)
     assert is_sound(pool)

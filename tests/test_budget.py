@@ -201,40 +201,72 @@ def test_a_pool_that_is_gone_with_connections_lent_gives_their_units_back() -> N
     dialled(other)
 
 
-class Elsewhere(Budget):
+class Elsewhere:
     """A limit that is kept elsewhere."""
 
-    def __init__(self, max_total: int, left: int) -> None:
-        super().__init__(max_total)
+    def __init__(self, left: int) -> None:
         self.left = left
+        self.fails = False
 
-    def _take(self) -> bool:
+    def take(self) -> bool:
+        if self.fails:
+            raise OSError("its keeper is away")
         if not self.left:
             return False
         self.left -= 1
         return True
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
         self.left += 1
+        if self.fails:
+            raise OSError("its keeper is still away")
 
 
 def test_a_limit_kept_elsewhere_is_asked_for_each_unit_and_told_of_each_that_is_free() -> None:
-    budget = Elsewhere(5, left=1)
+    quota = Elsewhere(1)
+    budget = Budget(5, quota=quota)
     one, other = pools(budget)
     busy = dialled(one)
     waiter = place(other.take(wait=True))
     assert other.permit() is None
-    assert (share_out(budget), budget.used, budget.left) == ([], 1, 0)
+    assert (share_out(budget), budget.used, quota.left) == ([], 1, 0)
     assert one.give(busy) is RETIRED  # it is not for this process to have more
     one.freed(busy.connection)
-    assert budget.left == 1
+    assert quota.left == 1
     assert share_out(budget) == [(other, waiter)]
-    assert budget.left == 0
+    assert quota.left == 0
     second = place(one.take(wait=True))
     assert one.permit() is None
-    budget.left = 1
+    quota.left = 1
     budget._dry = False  # as `replenished` does
     assert share_out(budget) == [(one, second)]
+
+
+def test_a_limit_kept_elsewhere_that_fails_has_no_unit_and_costs_nobody_anything_else() -> None:
+    quota = Elsewhere(2)
+    budget = Budget(5, quota=quota)
+    one, other = pools(budget)
+    busy = dialled(one)
+    quota.fails = True
+    waiter = place(other.take(wait=True))
+    assert other.permit() is None
+    assert (str(budget.last_error), budget.used) == ("its keeper is away", 1)
+    assert one.give(busy) is RETIRED
+    one.freed(busy.connection)
+    assert (str(budget.last_error), budget.used) == ("its keeper is still away", 0)
+    assert (other.permit(), share_out(budget)) == (None, [])
+    quota.fails = False
+    budget._dry = False  # as `replenished` does
+    assert share_out(budget) == [(other, waiter)]
+
+
+def test_a_quota_without_its_methods_is_refused() -> None:
+    class Half:
+        def take(self) -> bool:
+            return True
+
+    with pytest.raises(TypeError, match=r"quota must have a method give_back\(\): Half has none"):
+        Budget(1, quota=Half())  # type: ignore[arg-type]
 
 
 def test_who_waits_at_a_broken_endpoint_claims_no_unit() -> None:

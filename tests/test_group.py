@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import threading
+import weakref
 from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -631,6 +632,27 @@ def test_no_other_option_is_ever_shown(server: Server, logged: Logged) -> None:
     assert "tenants 127.0.0.1:" in str(said)
 
 
+def test_what_a_key_answers_is_not_shown_either() -> None:
+    """It may well be an option as it is."""
+    with PoolGroup(Nothing, key=lambda dsn: dsn) as group:
+        lend_and_return(group, dsn=f"postgres://root:{SECRET}@h/db")
+        for text in repr(group), repr(group.pools), repr(group.stats()):
+            assert SECRET not in text
+
+
+def test_endpoints_of_one_address_are_told_apart_by_a_number(server: Server) -> None:
+    with PoolGroup(Marked) as group:
+        pools = [group.pool(**at(server), db=number) for number in range(5)]
+        names = [repr(pool).split("'")[1] for pool in pools]
+        assert len(set(names)) == 5
+        assert all(name.startswith(f"{server.host}:{server.port}") for name in names)
+
+
+def test_an_address_of_ipv6_is_shown_with_brackets() -> None:
+    with PoolGroup(Nothing) as group:
+        assert repr(group.pool(host="::1", port=6000)).startswith("<Endpoint '[::1]:6000'")
+
+
 # Figures
 
 
@@ -1081,14 +1103,15 @@ def test_there_are_never_two_pools_for_one_endpoint(server: Server, max_total: i
 
 
 def leftovers(group: PoolGroup[Any]) -> dict[str, int]:
+    """What there is, in whatever the group and its upkeep keep."""
+    containers = (dict, set, list, deque, weakref.WeakValueDictionary, weakref.WeakSet)
     found = {
-        "pools": len(group.pools),
-        "known": len(group._known),
-        "calls": len(group._by_call),
-        "due": len(group._rounds._due),
-        "maintenance": int(group._rounds._begun),
-        "of all": sum(isinstance(pool, Endpoint) and pool._rounds is group._rounds for pool in all_pools.values()),
+        what: len(value)
+        for what, value in (*vars(group).items(), *vars(group._rounds).items())
+        if isinstance(value, containers) and what != "_settings"
     }
+    found["maintenance"] = group._rounds._begun
+    found["of all"] = sum(isinstance(pool, Endpoint) and pool._rounds is group._rounds for pool in all_pools.values())
     if group.budget is not None:
         found["budget's pools"] = len(group.budget._pools)
         found["units"] = group.budget.used

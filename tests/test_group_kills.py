@@ -869,18 +869,17 @@ class Counter:
         self.taken = 0
 
 
-class Counted(Budget):
-    def __init__(self, max_total: int, counter: Counter) -> None:
-        super().__init__(max_total)
+class Counted:
+    def __init__(self, counter: Counter) -> None:
         self.counter = counter
 
-    def _take(self) -> bool:
+    def take(self) -> bool:
         if self.counter.taken >= self.counter.limit:
             return False
         self.counter.taken += 1
         return True
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
         self.counter.taken -= 1
         assert self.counter.taken >= 0
 
@@ -893,7 +892,7 @@ def test_g1_g4_a_limit_kept_elsewhere_holds_for_two_groups_in_a_storm(rng: rando
             PoolGroup(
                 of_its_own(SlowToClose),
                 max_connections=3,
-                budget=Counted(5, counter),
+                budget=Budget(5, quota=Counted(counter)),
                 breaker=None,
                 max_uses=2,
                 check_after_idle=0,
@@ -942,7 +941,7 @@ def test_who_waits_for_a_limit_kept_elsewhere_is_dialled_for_as_soon_as_it_is_re
     with Street(2) as street:
         counter = Counter(1)
         counter.taken = 1  # somebody else's
-        budget = Counted(5, counter)
+        budget = Budget(5, quota=Counted(counter))
         pools = [Pool(of_its_own(Line), at(house), budget=budget) for house in street.houses]
         served: list[int] = []
 
@@ -971,7 +970,7 @@ def test_who_waits_for_a_limit_kept_elsewhere_is_dialled_for_as_soon_as_it_is_re
 def test_g9_a_pool_that_is_collected_gives_its_units_back_wherever_they_came_from() -> None:
     with Street(2) as street:
         counter = Counter(3)
-        budget = Counted(3, counter)
+        budget = Budget(3, quota=Counted(counter))
         going, staying = (Pool(of_its_own(Line), at(house), budget=budget) for house in street.houses)
         lent = [going.acquire(timeout=BOUND) for _ in range(2)]
         with going.connection(timeout=BOUND):
@@ -1293,16 +1292,15 @@ def test_g10_a_budget_in_the_child_of_a_fork_has_all_its_units(fork: str) -> Non
         street.wait_all_closed()
 
 
-class Locks(Budget):
+class Locks:
     """As many units as there are bytes of a file that can be locked."""
 
-    def __init__(self, max_total: int, path: str, count: int) -> None:
-        super().__init__(max_total)
+    def __init__(self, path: str, count: int) -> None:
         self._file = open(path, "r+b")  # noqa: SIM115
         self._left = set(range(count))
         self._mine: list[int] = []
 
-    def _take(self) -> bool:
+    def take(self) -> bool:
         for slot in self._left:
             with contextlib.suppress(OSError):
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
@@ -1311,14 +1309,14 @@ class Locks(Budget):
                 return True
         return False
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
         slot = self._mine.pop()
         fcntl.lockf(self._file, fcntl.LOCK_UN, 1, slot)
         self._left.add(slot)
 
 
 def share_a_limit(path: str, count: str, *ports: str) -> None:
-    budget = Locks(8, path, int(count))
+    budget = Budget(8, quota=Locks(path, int(count)))
     group: PoolGroup[Line] = PoolGroup(of_its_own(SlowToClose), max_connections=2, budget=budget, max_uses=2)
     served = 0
 

@@ -350,11 +350,14 @@ def test_what_hung_up_is_noticed_at_each_endpoint(server: Server) -> None:
 
 def test_leaks_are_reported_for_each_endpoint_by_its_name(server: Server, logged: Logged) -> None:
     with PoolGroup(Marked, name="billing", leak_threshold=0.02) as group:
-        leases = [pool.connection() for pool in pools_of(group, server, COUNT)]
+        pools = pools_of(group, server, COUNT)
+        leases = [pool.connection() for pool in pools]
         for lease in leases:
             lease.__enter__()
         leaks = [record.getMessage() for record in logged.take(COUNT)]
-        assert [leak.split("'")[1] for leak in leaks] == [pool_name(pool) for pool in pools]
+        names = {repr(pool).split("'")[1] for pool in pools}
+        assert len(names) == COUNT
+        assert {leak.split("'")[1] for leak in leaks} == names
         for lease in leases:
             lease.__exit__(None, None, None)
         logged.take(COUNT)
