@@ -37,11 +37,12 @@ REFUSED: Final = {
 class Endpoint(Pool[C]):
     """The pool of one endpoint of a group."""
 
-    __slots__ = ("_calls", "_empty_since", "_key", "_rounds")
+    __slots__ = ("_calls", "_empty_since", "_key", "_rounds", "_where")
 
-    def __init__(self, rounds: _GroupRounds, key: Hashable, *arguments: Any, **settings: Any) -> None:
+    def __init__(self, rounds: _GroupRounds, key: Hashable, where: str, *arguments: Any, **settings: Any) -> None:
         self._rounds = rounds
         self._key = key
+        self._where = where  # its name, but for a number
         self._calls: list[tuple[Any, ...]] = []  # that the group has noted
         self._empty_since: float | None = None
         super().__init__(*arguments, **settings)
@@ -137,7 +138,8 @@ class PoolGroup(Generic[C]):
         self._budget = budget
         self._closed = False
         self._home = get_ident()
-        self._names: set[str] = set()  # of the pools that there are
+        # What pools would be called, but for their numbers: how many there are, and the last number that was given.
+        self._names: dict[str, tuple[int, int]] = {}
         self._rounds = _GroupRounds(self)
         self._pools: dict[Hashable, Endpoint[C]] = {}
         # Forgotten, but somebody may still refer to one; and then it must not be made a second time.
@@ -181,8 +183,16 @@ class PoolGroup(Generic[C]):
             if self._closed:
                 raise PoolClosedError(f"{self._label} is closed")
             if pool is None or pool.closed:
-                name = self._name_for(key, options)
-                pool = Endpoint(self._rounds, key, self._factory, _copied(options), name=name, **self._settings)
+                where = self._where_is(options)
+                pool = Endpoint(
+                    self._rounds,
+                    key,
+                    where,
+                    self._factory,
+                    _copied(options),
+                    name=self._name_for(where),
+                    **self._settings,
+                )
                 self._known[key] = pool
             self._pools[key] = pool
             pool._empty_since = None
@@ -254,22 +264,31 @@ class PoolGroup(Generic[C]):
     def _label(self) -> str:
         return f"{type(self).__name__} {self._name!r}" if self._name else type(self).__name__
 
-    def _name_for(self, key: Hashable, options: Mapping[str, Any]) -> str:
-        """No other options than these: there may be a password among them."""
-        where = options.get("host", options.get("path", key))
+    def _where_is(self, options: Mapping[str, Any]) -> str:
+        """No other options than these, and not the key: there may be a password in them."""
+        where = options.get("host", options.get("path"))
         if isinstance(where, (str, bytes, os.PathLike)):
             where = os.fsdecode(where).replace("\0", "@")
             if "host" in options and "port" in options:
                 where = f"[{where}]:{options['port']}" if ":" in where else f"{where}:{options['port']}"
         else:
             where = "endpoint"
-        base = f"{self._name} {where}" if self._name else where
-        name, number = base, 1
-        while name in self._names:
-            number += 1
-            name = f"{base} #{number}"
-        self._names.add(name)
-        return name
+        return f"{self._name} {where}" if self._name else where
+
+    def _name_for(self, where: str) -> str:
+        pools, number = self._names.get(where, (0, 0))
+        self._names[where] = pools + 1, number + 1
+        return f"{where} #{number + 1}" if number else where
+
+    def _disown(self, pool: Endpoint[C]) -> None:
+        """Nobody refers to it any more. It must not be found again while it goes."""
+        if self._known.get(pool._key) is pool:
+            del self._known[pool._key]
+        pools, number = self._names.get(pool._where, (1, 0))
+        if pools > 1:
+            self._names[pool._where] = pools - 1, number
+        else:
+            self._names.pop(pool._where, None)
 
     def _alive(self) -> list[Endpoint[C]]:
         self._leaving = [pool for pool in self._leaving if pool.in_use]
@@ -318,12 +337,10 @@ class _GroupRounds(Rounds):
         super().let_go(pool)
 
     def disown(self, pool: Endpoint[Any]) -> None:
-        """Nobody refers to it any more. It must not be found again while it goes."""
+        """It goes: see `PoolGroup`."""
         group = self._group()
         if group is not None:
-            group._names.discard(pool._settings.name or "")
-            if group._known.get(pool._key) is pool:
-                del group._known[pool._key]
+            group._disown(pool)
 
     def tended(self, pool: BlockingPool[Any], pause: float) -> float:
         group = self._group()
