@@ -1952,7 +1952,7 @@ class World:
         self.failed += 1
         self.strikes += struck
         if self.break_after is not None and self.strikes >= self.break_after:
-            self.trips += self.trying or not self.broken
+            self.trips += self.trial or self.trying or not self.broken
             self.broken, self.trial, self.trying = True, False, False
         if told is not None:
             assert told.error is error
