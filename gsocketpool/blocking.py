@@ -589,6 +589,8 @@ class BlockingPool(Core[C]):
                     if self._ledger is not None:
                         self._ledger.waiting.discard(id(self._borrower()))
                 found = found.member or self._ended_without(found, started)
+                if type(found) is Place:
+                    continue
             if type(found) is Member:
                 found.holder = holder
                 if not found.cold or self._passes_check(found):
@@ -639,11 +641,13 @@ class BlockingPool(Core[C]):
                 break
             self._park(place, left)
 
-    def _ended_without(self, place: Place[C], started: float) -> Member[C]:
+    def _ended_without(self, place: Place[C], started: float) -> Member[C] | Place[C] | Sentinel:
         """It was told an error, or its time is over; unless it was granted something in that very moment."""
         if place.error is not None:
             error, place.error = place.error, None
             if error is HOPELESS:
+                if not self._broken:  # any more
+                    return self.retake(True, place.turn)
                 error = broken(self, started)
             try:
                 raise error
@@ -767,6 +771,8 @@ class BlockingPool(Core[C]):
             while (found := budget.next_to_close()) is not None:
                 pool, member = found
                 pool._close_all([member])
+            if (trouble := budget.unsaid()) is not None:
+                say(logging.WARNING, "%s: its budget's quota failed: %r", self._label, trouble)
 
     def _tell_hopeless(self) -> None:
         if self._broken:
@@ -811,7 +817,9 @@ class BlockingPool(Core[C]):
             fit = self._may_raise(error) and not ends_the_program
             problem = error if fit else PoolError(f"{self._label}: a dial was killed")
             if epoch == self._epoch:
-                self._failed(place, problem, spare)
+                # A wrong call says nothing of the server; nor does what was begun before a clear() of the one now.
+                struck = generation == self._generation and not isinstance(error, TypeError)
+                self._failed(place, problem, spare, struck)
             if ends_the_program:
                 raise
         else:
@@ -828,26 +836,30 @@ class BlockingPool(Core[C]):
         finally:
             del problem  # it refers to this frame
 
-    def _failed(self, place: Place[C] | None, problem: BaseException, spare: bool) -> None:
+    def _failed(self, place: Place[C] | None, problem: BaseException, spare: bool, struck: bool) -> None:
         if not self._strikes:
             self._failing_since = time.time()
         trips = self._trips
-        waiter = self.failed(place, problem, spare, without_traceback(problem))
-        if waiter is not None:  # before anything that may wait: a log's handler
+        waiter = self.failed(place, problem, spare, without_traceback(problem), struck)
+        # All that must be done before anything is said: a log's handler may wait, and be killed there.
+        if waiter is not None:
             self._wake(waiter)
         self._wake_unreserved()
         self._tell_hopeless()
-        if self._trips > trips and not self._closed:
-            pause = self._upkeep.pause_dials(self, self._trips)
+        opens = self._trips > trips and not self._closed
+        pause = self._upkeep.pause_dials(self, self._trips) if opens else 0.0
+        rests = spare and not self._closed
+        known = self._upkeep.resting
+        rest = self._upkeep.rest(self, self._setbacks) if rests else 0.0
+        if opens:
             level = logging.WARNING if self._trips == 1 else logging.DEBUG
             say(level, "%s: %s; the next one in %.2f s: %r", self._label, failing(self), pause, problem)
-        if spare and not self._closed:
-            known = self._upkeep.resting
-            pause = self._upkeep.rest(self, self._setbacks)
-            if not known and not self._broken:  # else it is one of several side by side, or the breaker has said it
-                text = f"a dial for min_idle={self._min_idle} failed; the next one in {pause:.2f} s"
-                self._report(text, problem, trace=self._setbacks == 1)
-        elif place is not None and waiter is None and not self._broken:
+        if self._broken:
+            return  # that has been said
+        if rests and not known:  # else it is one of several side by side
+            text = f"a dial for min_idle={self._min_idle} failed; the next one in {rest:.2f} s"
+            self._report(text, problem, trace=self._setbacks == 1)
+        elif place is not None and waiter is None:
             self._report("a dial failed that nobody waits for any more", problem)
 
     def _opened_one(self, connection: C, generation: int) -> None:
@@ -985,6 +997,7 @@ class BlockingPool(Core[C]):
 
     def _close_one(self, member: Member[C], tally: _Tally[C], epoch: int) -> None:
         mine = False
+        problem: BaseException | None = None
         self._talking.add(self._borrower())  # not by a name: an error's traceback would tie it to itself
         try:
             mine = epoch == self._epoch and self.closes(member)  # else this is the child of a fork, or one too many
@@ -995,8 +1008,7 @@ class BlockingPool(Core[C]):
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            if epoch == self._epoch:
-                self._report("close() failed", error)
+            problem = error
         finally:
             self._talking.discard(self._borrower())
             if mine and epoch == self._epoch:
@@ -1007,6 +1019,11 @@ class BlockingPool(Core[C]):
             self._wake_drains()
             if mine and epoch == self._epoch:
                 self._start_dials()
+        try:
+            if problem is not None and epoch == self._epoch:
+                self._report("close() failed", problem)
+        finally:
+            del problem  # it refers to this frame
 
     def _after_fork(self, members: list[Member[C]], connections: list[C], places: list[Place[C]]) -> None:
         """In the child: none of these connections is its own."""
@@ -1135,9 +1152,11 @@ def clear_all(pools: Sequence[BlockingPool[Any]]) -> None:
     """Clear them side by side."""
     tallies = [pool._close_all(pool.retire_all()) for pool in pools]
     for pool in pools:
-        pool._upkeep.ends_break()
-    for pool, tally in zip(pools, tallies, strict=True):
+        pool._upkeep.begins_anew()
+        pool.rested()
+    for pool in pools:
         pool._start_dials()
+    for pool, tally in zip(pools, tallies, strict=True):
         pool._wait_for(tally)
 
 

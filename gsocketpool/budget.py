@@ -1,10 +1,11 @@
-"""One cap over several pools: every decision about it, and nothing else. The rules of `core` hold here too."""
+"""One cap over several pools: every decision about it, and nothing else. The rules of `core` hold here too, but that a
+quota is asked in the middle of a decision; so it must neither wait nor call a pool."""
 
 from __future__ import annotations
 
 import weakref
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeAlias
 
 from gsocketpool.arguments import whole_number
 
@@ -21,13 +22,14 @@ NO_TURN: Final = 2**62
 
 
 class Quota(Protocol):
-    """A limit that is kept elsewhere: for many processes, say, that share what one database allows."""
+    """A limit that is kept elsewhere: for many processes, say, that share what one database allows. It is asked in the
+    middle of a pool's decisions, so neither method may wait, or call the budget or one of its pools."""
 
     def take(self) -> bool:
-        """Take a unit, if there is one. Must not wait. An exception means that there is none."""
+        """Take a unit, if there is one. An exception, which is logged, means that there is none."""
 
     def give_back(self) -> None:
-        """A unit that was taken is free. Must not wait."""
+        """A unit that was taken is free."""
 
 
 class Budget:
@@ -37,7 +39,8 @@ class Budget:
     none left and somebody would have to dial, the connection that has idled longest in any of the pools is closed
     (``evicted``). If none idles, units go to whoever has waited longest, in whichever pool: a connection that comes
     back is closed for him rather than lent to somebody who came later. Who waits only because his own pool is full
-    stands in nobody's way.
+    stands in nobody's way. `min_idle` and `initial_connections` take only what is free and nobody waits for. When a
+    pool is collected, what it had lent is its borrowers' alone, and its units are free.
 
     A budget and its pools belong to one thread.
 
@@ -45,7 +48,7 @@ class Budget:
     :param quota: a limit that is kept elsewhere, an object with the methods of :class:`~gsocketpool.Quota`: each unit
         is taken from there too, and given back. When it has units again that none of these pools gave back, call
         :meth:`replenished`. None: there is no other limit.
-    :ivar last_error: what `quota` raised last, or None.
+    :ivar last_error: what `quota` raised when it was asked last, or None.
     :raises TypeError: `max_total` is no whole number, or `quota` lacks a method.
     :raises ValueError: `max_total` is less than 1.
     """
@@ -70,6 +73,8 @@ class Budget:
         # By their identity: a subclass may define `__eq__` as it likes.
         self._pools: weakref.WeakValueDictionary[int, Core[Any]] = weakref.WeakValueDictionary()
         self.last_error: Exception | None = None
+        self._unsaid: Exception | None = None
+        self._home: object = None
 
     @property
     def max_total(self) -> int:
@@ -80,6 +85,24 @@ class Budget:
     def used(self) -> int:
         """Units that are taken: sockets open, opening or closing."""
         return self.taken
+
+    @property
+    def advice(self) -> str:
+        """What to do when there is no unit."""
+        if self.last_error is not None:
+            return f"its budget's quota failed ({self.last_error!r}): mend that, or wait longer (timeout=)"
+        if self.taken < self._max_total:
+            return (
+                f"its budget's quota has no more ({self.taken} of {self._max_total} units are taken here): return "
+                "connections sooner, wait longer (timeout=), or raise the quota"
+            )
+        return (
+            f"its budget is used up ({self.taken} of {self._max_total}): return connections sooner, wait longer "
+            "(timeout=), or raise max_total"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a budget cannot be copied or pickled: give the same one to all its pools")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.taken} of {self._max_total} used, by {len(self._pools)} pools>"
@@ -109,6 +132,12 @@ class Budget:
     def join(self, pool: Core[Any]) -> None:
         """One more pool."""
         self._pools[id(pool)] = pool
+
+    def settles_in(self, home: object) -> bool:
+        """Where the first of its pools was made; False if this is elsewhere."""
+        if self._home is None:
+            self._home = home
+        return self._home == home
 
     def next_turn(self) -> int:
         """The turn of whoever comes now."""
@@ -236,8 +265,10 @@ class Budget:
         if self._quota is not None:
             try:
                 self._dry = not self._quota.take()
+                self.last_error = None
             except Exception as error:
-                self._dry, self.last_error = True, error
+                self._dry = True
+                self._fails(error)
         self.taken += not self._dry
         return not self._dry
 
@@ -247,7 +278,17 @@ class Budget:
             try:
                 self._quota.give_back()
             except Exception as error:
-                self.last_error = error
+                self._fails(error)
+
+    def _fails(self, error: Exception) -> None:
+        if self.last_error is None:
+            self._unsaid = error
+        self.last_error = error
+
+    def unsaid(self) -> Exception | None:
+        """What the quota raised, where it had not before: to be logged, once."""
+        error, self._unsaid = self._unsaid, None
+        return error
 
     def _more_wait_than(self, units: int, turn: int) -> bool:
         """Whether so many and more wait for a unit since before this turn. Looks at no more than it must."""

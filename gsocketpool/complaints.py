@@ -6,7 +6,6 @@ import time
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from gsocketpool.budget import Budget
 from gsocketpool.core import INSPECTED
 from gsocketpool.exceptions import BreakerOpenError, PoolExhaustedError
 from gsocketpool.loans import Loan
@@ -22,9 +21,10 @@ def not_ready(pool: BlockingPool[Any], started: float) -> PoolExhaustedError:
     if pool._paused:
         advice = "the pool is paused: resume() dials again"
     elif pool._budget is not None and not pool._budget.has_one():
-        advice = _of_budget(pool._budget)
+        advice = pool._budget.advice
     elif pool._resting:
-        advice = f"the next dial for them in {pool._upkeep.rest(pool, pool._setbacks):.2f} s; wait longer (timeout=)"
+        rest = max(pool._upkeep.rest(pool, pool._setbacks), pool._upkeep.rest_of_break())
+        advice = f"the next dial for them in {rest:.2f} s; wait longer (timeout=)"
     else:
         advice = "wait longer (timeout=)"
     return exhausted(pool, started, f"{pool.size} of min_idle={pool._min_idle} connections open", advice)
@@ -56,7 +56,7 @@ def broken(pool: BlockingPool[Any], started: float) -> BreakerOpenError:
     """The breaker is open, and nothing is left to lend."""
     pool._exhausted += 1
     ago, left = time.time() - pool._failing_since, pool._upkeep.rest_of_break()
-    when = "under way" if pool._trying else f"in {left:.2f} s"
+    when = f"in {left:.2f} s" if left and not pool._trying else "under way"
     text = (
         f"{pool._label} dials no more for now: {failing(pool)}, the first {ago:.1f} s ago, at "
         f"{time.strftime('%H:%M:%S', time.localtime(pool._failing_since))}, the last with {pool._last_error!r}; "
@@ -69,7 +69,7 @@ def broken(pool: BlockingPool[Any], started: float) -> BreakerOpenError:
         last_error=pool._last_error,
         failures=pool._strikes,
         since=pool._failing_since,
-        retry_after=left,
+        retry_after=left or pool._settings.backoff[0],
     )
 
 
@@ -101,24 +101,17 @@ def _advice(pool: BlockingPool[Any]) -> str:
         )
     if pool._dialling:
         return "give the dial longer (timeout=), or bound it (connect_timeout=)"
-    if pool._broken:
+    if pool._broken and not pool._trial:
         left = pool._upkeep.rest_of_break()
         return (
             f"{failing(pool)}, so there is none for now, and the next in {left:.2f} s "
             f"(breaker={pool._break_after}): return connections sooner, or wait longer (timeout=)"
         )
     if pool._budget is not None and not pool._budget.has_one():
-        return _of_budget(pool._budget)
+        return pool._budget.advice
     if pool.total < pool._max_connections:
         return "there is room for more, but none was idle, and timeout=0 opens none"
     return "return connections sooner, wait longer (timeout=), or raise max_connections"
-
-
-def _of_budget(budget: Budget) -> str:
-    text = f"its budget is used up ({budget.used} of {budget.max_total})"
-    if budget.last_error is not None:
-        text += f", and its last error was {budget.last_error!r}"
-    return f"{text}: return connections sooner, wait longer (timeout=), or raise max_total"
 
 
 def _is_deadlocked(pool: BlockingPool[Any]) -> bool:

@@ -13,8 +13,8 @@ The rules of this file:
 What holds between any two calls (`Core.faults` says which of these is broken; the tests ask it after every step):
 
 - an idle connection means that nobody waits for one, unless the pool is paused;
-- somebody waits without a dial only while the pool is full or paused, or as many dials run as may run at once, once the
-  driver has used up what `permit` offers;
+- somebody waits without a dial only while the pool is full or paused, as many dials run as may run at once, its breaker
+  is open, or its budget has no unit for him, once the driver has used up what `permit` offers;
 - ``idle + in use + dialling + closing <= max_connections``: a slot is free when its socket is closed, not before. After
   `set_cap` to less it only ever falls until that holds again;
 - as many dials run as there are waiters who were promised one, or more;
@@ -385,7 +385,7 @@ class Core(Generic[C]):
     # to decide. When there is more (a waiter to serve, a reset to run, a check to make each time) they are shut, and
     # the driver comes here. `_latest` needs no test of its own: nothing is lent through `_lane_out` while `_lane_in` is
     # shut. `_brimful` is the lane to the end of the queue: whoever comes while others wait, all slots are taken by
-    # members and no number of waiters is too many, waits behind them.
+    # members, no number of waiters is too many, nobody notes who borrows and no budget has a say, waits behind them.
 
     def _set_lanes(self) -> None:
         full = len(self._members) >= self._max_connections
@@ -620,7 +620,7 @@ class Core(Generic[C]):
 
         :param spare: it was for the stock; until `rested` there is no further permit for that.
         :param kept: what is remembered as the last error, if that is not the error itself.
-        :param struck: it counts for the breaker; not so if the dial could not even begin.
+        :param struck: it counts for the breaker; not so if the dial could not even begin, or began before `retire_all`.
         """
         self._dialling -= 1
         if self._budget is not None:
@@ -628,7 +628,9 @@ class Core(Generic[C]):
         self._open_failures += 1
         self._last_error = kept or error
         self._strikes += struck
-        if self._break_after is not None and self._strikes >= self._break_after:
+        if not struck:
+            self._trial, self._trying = self._trial or self._trying, False
+        elif self._break_after is not None and self._strikes >= self._break_after:
             if not self._broken or self._trial or self._trying:
                 self._trips += 1
             self._broken = True

@@ -40,7 +40,8 @@ class BreakerOpenError(PoolExhaustedError):
 
     :ivar failures: how many.
     :ivar since: when the first of them failed, in seconds since the epoch, as `time.time` has it.
-    :ivar retry_after: seconds until the next dial may be tried.
+    :ivar retry_after: seconds until the next dial may be tried; while one is under way, those after which it is worth
+        asking again.
     """
 
     def __init__(self, *args: object, failures: int = 0, since: float = 0.0, retry_after: float = 0.0, **more: Any):

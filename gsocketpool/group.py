@@ -78,11 +78,11 @@ class PoolGroup(Generic[C]):
         with which its connections are made. None: options that are equal, in whichever order, mean the same endpoint;
         1, 1.0 and True are equal.
     :param forget_after: seconds; the pool of an endpoint that has no connection and no waiter for so long is
-        forgotten, with its counts. Whoever still refers to it can go on using it.
+        forgotten, with its counts and whatever its ``resize()`` said. Whoever still refers to it can go on using it.
     :param name: what logs, errors and ``repr()`` call this group. Its pools are called so too, and by their ``host``
         and ``port``, or ``path``, where the options have those.
-    :param max_connecting: most dials to one endpoint at once; None: 8 or a quarter of `max_total`, whichever is less,
-        so that an endpoint whose dials hang cannot take the others' share meanwhile.
+    :param max_connecting: most dials to one endpoint at once; None: 8, or a quarter of what `max_total` or `budget` is
+        when the group is made, whichever is less, so that an endpoint whose dials hang cannot take the others' share.
     :param breaker: after so many dials to an endpoint have failed in a row, there is none for a while, and where none
         of its connections is left, whoever asks for one gets :exc:`~gsocketpool.BreakerOpenError` at once. See
         :class:`~gsocketpool.Pool`. None: off.
@@ -115,7 +115,7 @@ class PoolGroup(Generic[C]):
             raise TypeError(f"budget must be a Budget or None, not {budget!r}")
         seconds("forget_after", forget_after, zero=True)
         for unknown in pool_options.keys() - {field.name for field in fields(Settings)} | pool_options.keys() & REFUSED:
-            raise TypeError(f"a group takes no {unknown}: {REFUSED.get(unknown, 'nor does a Pool')}")
+            raise TypeError(f"a group takes no {unknown}: {REFUSED.get(unknown, 'there is no such parameter')}")
         if max_total is not None:
             budget = Budget(max_total)
         if max_connecting is None:
@@ -158,6 +158,8 @@ class PoolGroup(Generic[C]):
         try:
             pool: Pool[C] = self._by_call[tuple(options.items())]
         except (KeyError, TypeError):
+            if isinstance(timeout, Mapping):
+                raise TypeError("options go by keyword: connection(**options); by position a timeout") from None
             pool = self.pool(**options)
         return pool._lease(pool, timeout)
 
@@ -300,6 +302,8 @@ class PoolGroup(Generic[C]):
         """Forget it, if it has been empty for so long."""
         if not pool.is_empty():
             pool._empty_since = None
+            if not pool.closed:  # somebody has kept it, and uses it again
+                self._pools.setdefault(pool._key, pool)
             return min(pause, max(self._forget_after, COARSEST_TICK))
         now = monotonic()
         if pool._empty_since is None:

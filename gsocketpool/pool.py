@@ -114,6 +114,8 @@ class Pool(BlockingPool[C]):
         self._timer = self._hub.loop.timer
         self._run_callback = self._hub.loop.run_callback
         self._home = get_ident()
+        if self._budget is not None and not self._budget.settles_in(self._home):
+            raise PoolError("this budget serves pools of another thread: make one in each thread")
         self._patient: deque[Place[C]] = deque()  # parked until their deadlines, which are in this order
         self._crowd = 16  # as many may stand among them who have left, and so many more as do stand there
         self._alarm: Any = None  # goes off when the first of them is due, or earlier; set while there is one

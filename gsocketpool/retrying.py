@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar, cast, overload
 import gevent
 
 from gsocketpool.arguments import seconds, two_delays, whole_number
+from gsocketpool.exceptions import BreakerOpenError
 from gsocketpool.lifetime import full_jitter
 
 __all__ = ["retry"]
@@ -46,7 +47,7 @@ def retry(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def retry(
     f: Callable[..., Any] | None = None,
-    exc_classes: type[Exception] | Iterable[type[Exception]] = OSError,
+    exc_classes: type[Exception] | Iterable[type[Exception]] = (OSError, BreakerOpenError),
     logger: logging.Logger | logging.LoggerAdapter[Any] | None = None,
     retry_log_level: int = logging.INFO,
     retry_log_message: str = "{f}() failed, {failures} so far: {e!r}; next try in {pause:.2f} s",
@@ -70,7 +71,8 @@ def retry(
     The parameters up to `max_failure_log_message` are geventconnpool's, in its order. Times are seconds.
 
     :param exc_classes: an exception class or several: after these it tries again. The default is what connections
-        raise; a pool's own errors are not among them.
+        raise, and of a pool's own errors :exc:`~gsocketpool.BreakerOpenError` alone: nothing was sent, and it says when
+        it is worth asking again, which no pause after it undercuts but a fixed `interval`.
     :param logger: gets a record of each failure; None: nothing is logged.
     :param retry_log_level: the level of the record when it will try again.
     :param retry_log_message: its text. It may name ``{f}``, the function's name; ``{e}``, the error; ``{failures}``,
@@ -107,10 +109,11 @@ def retry(
     if deadline is not None:
         seconds("deadline", deadline, zero=False)
 
-    def pause_after(failures: int) -> float:
+    def pause_after(error: Exception, failures: int) -> float:
         if interval is not None:
             return interval
-        return full_jitter(failures, first, longest, random.random)
+        least = error.retry_after if isinstance(error, BreakerOpenError) else 0.0
+        return max(least, full_jitter(failures, first, longest, random.random))
 
     def decorate(f: Callable[P, R]) -> Callable[P, R]:
         name = _name(f)
@@ -144,7 +147,7 @@ def retry(
                         if _displaced_another(error, handled):
                             raise
                         failures += 1
-                        pause = pause_after(failures)
+                        pause = pause_after(error, failures)
                         if (max_failures is not None and failures > max_failures) or (
                             ends is not None and monotonic() + pause >= ends
                         ):

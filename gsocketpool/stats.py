@@ -48,7 +48,7 @@ class PoolStats:
         (``resize()``), ``evicted`` (to make room under a :class:`~gsocketpool.Budget`), ``reclaimed`` (from a greenlet
         that ended), ``closed`` (the pool was).
     :ivar breaker: ``closed`` as long as dials pass, ``open`` while none does, ``half-open`` when the next one is a
-        trial.
+        trial, or that is under way.
     """
 
     size: int

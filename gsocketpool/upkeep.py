@@ -131,10 +131,6 @@ class Upkeep:
         self._trial_at = monotonic() + self._settings.backoff[1]
         self.hurry(pool, self._trial_at)
 
-    def ends_break(self) -> None:
-        """A trial may be made now."""
-        self._trial_at = NEVER
-
     def begins_anew(self) -> None:
         """Nothing keeps the pool from dialling."""
         self._rest_until = self._trial_at = NEVER

@@ -1951,7 +1951,9 @@ class World:
         assert self.pool.failed(waiter, error, spare, struck=struck) is told
         self.failed += 1
         self.strikes += struck
-        if self.break_after is not None and self.strikes >= self.break_after:
+        if not struck:
+            self.trial, self.trying = self.trial or self.trying, False
+        elif self.break_after is not None and self.strikes >= self.break_after:
             self.trips += self.trial or self.trying or not self.broken
             self.broken, self.trial, self.trying = True, False, False
         if told is not None:

@@ -474,7 +474,7 @@ def never(**options: Any) -> Nothing:
         ({"initial_connections": 1}, TypeError, "takes no initial_connections: use min_idle, and wait_ready"),
         ({"initial_connections": 0}, TypeError, "initial_connections"),
         ({"options": {"host": "h"}}, TypeError, "options.*pool"),
-        ({"forget_afer": 5}, TypeError, "takes no forget_afer: nor does a Pool"),
+        ({"forget_afer": 5}, TypeError, "takes no forget_afer: there is no such parameter"),
         ({"max_conections": 5}, TypeError, "takes no max_conections"),
         ({"maxtotal": 5}, TypeError, "takes no maxtotal"),
         ({"host": "h"}, TypeError, "takes no host"),
