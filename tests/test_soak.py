@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: Borrowings of the month that the suite plays, at least 50,000, so that each thing happens. `make soak` plays one with
 #: a million.
-BORROWINGS = int(os.environ.get("GSOCKETPOOL_SOAK", "300000"))
+BORROWINGS = int(os.environ.get("GSOCKETPOOL_SOAK", "100000"))
 
 #: What a month must have seen, beside connections closed for every reason there is.
 INCIDENTS = (
