@@ -1168,12 +1168,12 @@ def test_a_thousand_endpoints_that_are_down_leave_nothing_behind(
         def ask(db: int) -> None:
             with pytest.raises(ConnectionRefusedError):
                 lend_and_return(group, host="127.0.0.1", port=port, db=db)
-            with pytest.raises(BreakerOpenError):
+            with pytest.raises((BreakerOpenError, ConnectionRefusedError)):  # the latter if its pause is over already
                 lend_and_return(group, host="127.0.0.1", port=port, db=db)
 
         for number in range(0, 1000, 50):
             gevent.joinall([gevent.spawn(ask, db) for db in range(number, number + 50)], raise_error=True)
-        logged.take(1000)
+        assert len(logged.take()) >= 1000  # more if one was forgotten between the two
         until("all are forgotten", lambda: group.pools == [])
         until("nothing is left", lambda: gc.collect() >= 0 and leftovers(group) == {})
 
