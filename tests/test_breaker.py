@@ -1019,7 +1019,7 @@ def test_clear_dials_for_who_waits(dials: Dials) -> None:
 
 @pytest.mark.parametrize("tick", [0.5, None])
 def test_a_trial_that_clear_allowed_and_that_fails_is_followed_by_another(dials: Dials, tick: float | None) -> None:
-    with dials.pool(breaker=1, backoff=(0.3, 0.3), check_after_idle=tick) as pool:
+    with dials.pool(breaker=1, backoff=(1, 1), check_after_idle=tick) as pool:
         fail(pool, dials)
         pool.clear()
         pool._upkeep.hurry(pool, 0.0)
@@ -1156,7 +1156,7 @@ from gsocketpool import BreakerOpenError, Pool, TcpConnection
 logging.getLogger("gsocketpool").addHandler(logging.NullHandler())
 holder = socket.socket()
 holder.bind(("127.0.0.1", 0))
-pool = Pool(TcpConnection, dict(zip(("host", "port"), holder.getsockname())), breaker=1, backoff=(0.4, 0.4))
+pool = Pool(TcpConnection, dict(zip(("host", "port"), holder.getsockname())), breaker=1, backoff=(2, 2))
 
 def attempt():
     try:
