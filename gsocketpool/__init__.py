@@ -1,6 +1,13 @@
-"""gsocketpool: a connection pool for gevent."""
+"""gsocketpool: a connection pool for gevent, and for threads, asyncio and eventlet.
+
+The names here are gevent's. :mod:`gsocketpool.threading`, :mod:`gsocketpool.asyncio` and :mod:`gsocketpool.eventlet`
+offer the same names. gevent is loaded when one of its own is first used.
+"""
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
 
 from gsocketpool.budget import Budget, Quota
 from gsocketpool.connection import (
@@ -20,10 +27,11 @@ from gsocketpool.exceptions import (
     PoolError,
     PoolExhaustedError,
 )
-from gsocketpool.group import PoolGroup
-from gsocketpool.pool import Pool
 from gsocketpool.retrying import retry
 from gsocketpool.stats import GroupStats, Holder, PoolStats
+
+if TYPE_CHECKING:
+    from gsocketpool.pool import Pool, PoolGroup
 
 __version__ = "1.0.0"
 
@@ -50,3 +58,17 @@ __all__ = [
     "retry",
     "wrap",
 ]
+
+#: Which of these are gevent's, and where they are found.
+_GEVENT: Final = {"Pool": "gsocketpool.pool", "PoolGroup": "gsocketpool.pool"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _GEVENT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_GEVENT[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

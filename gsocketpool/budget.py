@@ -4,6 +4,8 @@ quota is asked in the middle of a decision; so it must neither wait nor call a p
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from functools import partial
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeAlias
 
@@ -42,7 +44,8 @@ class Budget:
     stands in nobody's way. `min_idle` and `initial_connections` take only what is free and nobody waits for. When a
     pool is collected, what it had lent is its borrowers' alone, and its units are free.
 
-    A budget and its pools belong to one thread.
+    A budget and its pools belong together: for greenlets to one thread, in asyncio to one loop. Threads share one as
+    they share a pool.
 
     :param max_total: most sockets of all these pools.
     :param quota: a limit that is kept elsewhere, an object with the methods of :class:`~gsocketpool.Quota`: each unit
@@ -109,8 +112,7 @@ class Budget:
 
     def replenished(self) -> None:
         """The `quota` may have units again that no pool of this budget gave back: whoever waits for one dials."""
-        self._dry = False
-        self._share_out()
+        self._change(self._replenish)
 
     def resize(self, max_total: int) -> None:
         """Change `max_total`. More serves whoever waits at once. Less closes idle connections, those that idled longest
@@ -119,13 +121,19 @@ class Budget:
         :raises TypeError: it is no whole number.
         :raises ValueError: it is less than 1.
         """
-        self._max_total = whole_number("max_total", max_total, least=1)
-        self._share_out()
+        whole_number("max_total", max_total, least=1)
+        self._change(partial(setattr, self, "_max_total", max_total))
 
-    def _share_out(self) -> None:
+    def _replenish(self) -> None:
+        self._dry = False
+
+    def _change(self, how: Callable[[], object]) -> None:
+        """Change what it allows, and have whoever waits served."""
         for pool in list(self._pools.values())[:1]:
             driver: Any = pool
-            driver._start_dials()
+            driver._change_budget(how)
+            return
+        how()
 
     # What a pool's core tells it and asks.
 
@@ -133,11 +141,11 @@ class Budget:
         """One more pool."""
         self._pools[id(pool)] = pool
 
-    def settles_in(self, home: object) -> bool:
-        """Where the first of its pools was made; False if this is elsewhere."""
+    def settles_in(self, home: object) -> object:
+        """A pool is made there. Answers where the first one was."""
         if self._home is None:
             self._home = home
-        return self._home == home
+        return self._home
 
     def next_turn(self) -> int:
         """The turn of whoever comes now."""

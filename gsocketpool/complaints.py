@@ -11,12 +11,12 @@ from gsocketpool.exceptions import BreakerOpenError, PoolExhaustedError
 from gsocketpool.loans import Loan
 
 if TYPE_CHECKING:
-    from gsocketpool.blocking import BlockingPool
+    from gsocketpool.driver import Driver
 
 __all__ = ["broken", "exhausted", "failing", "not_ready"]
 
 
-def not_ready(pool: BlockingPool[Any], started: float) -> PoolExhaustedError:
+def not_ready(pool: Driver[Any], started: float) -> PoolExhaustedError:
     """`wait_ready` had to give up."""
     if pool._paused:
         advice = "the pool is paused: resume() dials again"
@@ -31,7 +31,7 @@ def not_ready(pool: BlockingPool[Any], started: float) -> PoolExhaustedError:
 
 
 def exhausted(
-    pool: BlockingPool[Any], started: float, what: str = "no connection to lend", advice: str | None = None
+    pool: Driver[Any], started: float, what: str = "no connection to lend", advice: str | None = None
 ) -> PoolExhaustedError:
     """None could be lent."""
     pool._exhausted += 1
@@ -52,7 +52,7 @@ def exhausted(
     return PoolExhaustedError(text, stats=stats, waited=waited, last_error=pool._last_error)
 
 
-def broken(pool: BlockingPool[Any], started: float) -> BreakerOpenError:
+def broken(pool: Driver[Any], started: float) -> BreakerOpenError:
     """The breaker is open, and nothing is left to lend."""
     pool._exhausted += 1
     ago, left = time.time() - pool._failing_since, pool._upkeep.rest_of_break()
@@ -73,12 +73,12 @@ def broken(pool: BlockingPool[Any], started: float) -> BreakerOpenError:
     )
 
 
-def failing(pool: BlockingPool[Any]) -> str:
+def failing(pool: Driver[Any]) -> str:
     """How many dials have failed."""
     return f"{pool._strikes} dials in a row have failed" if pool._strikes > 1 else "1 dial in a row has failed"
 
 
-def _who_holds(pool: BlockingPool[Any]) -> list[str]:
+def _who_holds(pool: Driver[Any]) -> list[str]:
     members = pool._members.values()
     found = []
     asked = sum(member.holder is INSPECTED for member in members)
@@ -91,7 +91,7 @@ def _who_holds(pool: BlockingPool[Any]) -> list[str]:
     return found
 
 
-def _advice(pool: BlockingPool[Any]) -> str:
+def _advice(pool: Driver[Any]) -> str:
     if pool._paused:
         return "the pool is paused: resume() lends again"
     if _is_deadlocked(pool):
@@ -114,7 +114,7 @@ def _advice(pool: BlockingPool[Any]) -> str:
     return "return connections sooner, wait longer (timeout=), or raise max_connections"
 
 
-def _is_deadlocked(pool: BlockingPool[Any]) -> bool:
+def _is_deadlocked(pool: Driver[Any]) -> bool:
     """Whether everybody who has a connection waits for one, including whoever asks."""
     if pool._ledger is None or pool.in_use < pool._max_connections:
         return False

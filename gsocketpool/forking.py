@@ -18,12 +18,12 @@ from gsocketpool.log import say
 from gsocketpool.operations import descriptor_of
 
 if TYPE_CHECKING:
-    from gsocketpool.blocking import BlockingPool
+    from gsocketpool.driver import Driver
 
 __all__ = ["kept", "pools"]
 
 #: All pools of this process, by their identity: a subclass may define `__eq__` as it likes.
-pools: weakref.WeakValueDictionary[int, BlockingPool[Any]] = weakref.WeakValueDictionary()
+pools: weakref.WeakValueDictionary[int, Driver[Any]] = weakref.WeakValueDictionary()
 
 #: The parent's connections: their finalizers might say something to the peer.
 kept: list[Any] = []
@@ -45,7 +45,7 @@ def begin_anew() -> None:
             pool._report("it did not begin anew after a fork", error)
 
 
-def _descriptors(pool: BlockingPool[Any], connections: list[Any]) -> list[int]:
+def _descriptors(pool: Driver[Any], connections: list[Any]) -> list[int]:
     found = []
     for connection in connections:
         try:

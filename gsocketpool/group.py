@@ -7,22 +7,22 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields
 from time import monotonic
-from types import EllipsisType, TracebackType
-from typing import Any, Final, Generic, NoReturn, TypeVar
+from types import EllipsisType
+from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
 
 from gsocketpool.arguments import seconds
-from gsocketpool.blocking import BlockingPool, Lease, clear_all, close_all
 from gsocketpool.budget import Budget
+from gsocketpool.driver import Driver, clear_all, close_all
 from gsocketpool.exceptions import PoolClosedError, PoolError
-from gsocketpool.pool import Pool, get_ident
 from gsocketpool.settings import Settings
 from gsocketpool.stats import GroupStats
 from gsocketpool.upkeep import COARSEST_TICK, Keeper, Rounds
 
-__all__ = ["Endpoint", "PoolGroup"]
+__all__ = ["Endpoint", "Group"]
 
 C = TypeVar("C")
-G = TypeVar("G", bound="PoolGroup[Any]")
+P = TypeVar("P")
+L = TypeVar("L")
 
 #: In so many ways a call may name one endpoint (the order of its options, say) and find its pool at once.
 MOST_CALLS: Final = 8
@@ -34,17 +34,21 @@ REFUSED: Final = {
 }
 
 
-class Endpoint(Pool[C]):
-    """The pool of one endpoint of a group."""
+class Endpoint(Driver[C]):
+    """The pool of one endpoint of a group; a runtime mixes it with its `Pool`."""
 
-    __slots__ = ("_calls", "_empty_since", "_key", "_rounds", "_where")
+    _rounds: _GroupRounds
+    _key: Hashable
+    _where: str  # its name, but for a number
+    _calls: list[tuple[Any, ...]]  # that the group has noted
+    _empty_since: float | None
 
     def __init__(self, rounds: _GroupRounds, key: Hashable, where: str, *arguments: Any, **settings: Any) -> None:
         self._rounds = rounds
         self._key = key
-        self._where = where  # its name, but for a number
-        self._calls: list[tuple[Any, ...]] = []  # that the group has noted
-        self._empty_since: float | None = None
+        self._where = where
+        self._calls = []
+        self._empty_since = None
         super().__init__(*arguments, **settings)
 
     def __del__(self) -> None:
@@ -56,40 +60,11 @@ class Endpoint(Pool[C]):
         return self._rounds
 
 
-class PoolGroup(Generic[C]):
-    """A pool for each endpoint, made when it is first asked for, all with the same parameters; and one cap over all.
+class Group(Generic[C, P, L]):
+    """A group of pools of one runtime, but for what may wait. See :class:`gsocketpool.PoolGroup`."""
 
-    ::
-
-        group = PoolGroup(TcpConnection, max_connections=10, max_total=100)
-        with group.connection(host="10.0.0.1", port=6000) as conn:
-            ...
-
-    All that a pool can be told, :class:`~gsocketpool.Pool` says what, can be told to a group by keyword, and holds for
-    each endpoint; but for `initial_connections`: use `min_idle` and :meth:`Pool.wait_ready`. One background greenlet
-    tends them all. A group belongs to one thread, as a pool does.
-
-    :param factory: makes a connection: as for a :class:`~gsocketpool.Pool`.
-    :param max_connections: most sockets of one endpoint.
-    :param max_total: most sockets of all endpoints; None: no such cap. See :class:`~gsocketpool.Budget` for who gets
-        one when there are no more.
-    :param key: called with the options; its answer says which endpoint they mean, and must be the same each time for
-        the same options: it is not asked each time. The options with which an endpoint was asked for first are those
-        with which its connections are made. None: options that are equal, in whichever order, mean the same endpoint;
-        1, 1.0 and True are equal.
-    :param forget_after: seconds; the pool of an endpoint that has no connection and no waiter for so long is
-        forgotten, with its counts and whatever its ``resize()`` said. Whoever still refers to it can go on using it.
-    :param name: what logs, errors and ``repr()`` call this group. Its pools are called so too, and by their ``host``
-        and ``port``, or ``path``, where the options have those.
-    :param max_connecting: most dials to one endpoint at once; None: 8, or a quarter of what `max_total` or `budget` is
-        when the group is made, whichever is less, so that an endpoint whose dials hang cannot take the others' share.
-    :param breaker: after so many dials to an endpoint have failed in a row, there is none for a while, and where none
-        of its connections is left, whoever asks for one gets :exc:`~gsocketpool.BreakerOpenError` at once. See
-        :class:`~gsocketpool.Pool`. None: off.
-    :param budget: instead of `max_total`: a cap that is shared with other groups or pools.
-    :raises TypeError: a parameter has the wrong type, or is unknown; the message names it and says what it takes.
-    :raises ValueError: a parameter has a wrong value; likewise.
-    """
+    #: The class of its pools.
+    _endpoint: ClassVar[type[Endpoint[Any]]]
 
     def __init__(
         self,
@@ -137,7 +112,7 @@ class PoolGroup(Generic[C]):
         self._settings = settings
         self._budget = budget
         self._closed = False
-        self._home = get_ident()
+        self._home = self._endpoint._home_is()
         # What pools would be called, but for their numbers: how many there are, and the last number that was given.
         self._names: dict[str, tuple[int, int]] = {}
         self._rounds = _GroupRounds(self)
@@ -147,7 +122,7 @@ class PoolGroup(Generic[C]):
         self._by_call: dict[tuple[Any, ...], Endpoint[C]] = {}
         self._leaving: list[Endpoint[C]] = []  # closed, and something of it is still lent
 
-    def connection(self, timeout: float | EllipsisType | None = ..., /, **options: Any) -> Lease[C]:
+    def connection(self, timeout: float | EllipsisType | None = ..., /, **options: Any) -> L:
         """A context manager that borrows a connection to the endpoint which the options say, and gives it back.
 
         :param timeout: as for :meth:`Pool.acquire`; by position, since an option may have that name.
@@ -156,14 +131,15 @@ class PoolGroup(Generic[C]):
         :raises TypeError: two sets of options could not be told apart, since one has a value that cannot be hashed.
         """
         try:
-            pool: Pool[C] = self._by_call[tuple(options.items())]
+            pool: Any = self._by_call[tuple(options.items())]
         except (KeyError, TypeError):
             if isinstance(timeout, Mapping):
                 raise TypeError("options go by keyword: connection(**options); by position a timeout") from None
             pool = self.pool(**options)
-        return pool._lease(pool, timeout)
+        lease: L = pool._lease(pool, timeout)
+        return lease
 
-    def pool(self, /, **options: Any) -> Pool[C]:
+    def pool(self, /, **options: Any) -> P:
         """The pool of the endpoint which the options say. The same one each time, as long as there is anything in it,
         or somebody refers to it. Keep it at hand for as long as you have something of it that you acquired by hand.
 
@@ -172,11 +148,15 @@ class PoolGroup(Generic[C]):
         :raises PoolError: the group was made in another thread.
         :raises TypeError: two sets of options could not be told apart, since one has a value that cannot be hashed.
         """
-        if get_ident() != self._home:
-            raise PoolError(f"{self._label} was made in another thread: make one in each thread")
+        if self._endpoint._home_is() != self._home:
+            raise PoolError(f"{self._label} was made in another {self._endpoint._home_name}: make one in each")
         key = _frozen(options) if self._key is None else self._key(**options)
         if not _is_hashable(key):
             raise TypeError(f"key must answer something that can be hashed, not a {type(key).__name__}")
+        pool: Any = self._pool_of(key, options)
+        return pool  # type: ignore[no-any-return]
+
+    def _pool_of(self, key: Hashable, options: dict[str, Any]) -> Endpoint[C]:
         pool = self._pools.get(key)
         if pool is None:
             pool = self._known.get(key)
@@ -186,7 +166,7 @@ class PoolGroup(Generic[C]):
                 raise PoolClosedError(f"{self._label} is closed")
             if pool is None or pool.closed:
                 where = self._where_is(options)
-                pool = Endpoint(
+                pool = self._endpoint(
                     self._rounds,
                     key,
                     where,
@@ -206,28 +186,15 @@ class PoolGroup(Generic[C]):
         return pool
 
     @property
-    def pools(self) -> list[Pool[C]]:
+    def pools(self) -> list[P]:
         """The pools that there are now."""
-        return list(self._pools.values())
+        pools: list[Any] = list(self._pools.values())
+        return pools
 
     @property
     def budget(self) -> Budget | None:
         """The cap over all, None if there is none."""
         return self._budget
-
-    def clear(self) -> None:
-        """:meth:`Pool.clear` of all endpoints, side by side."""
-        clear_all(self._alive())
-
-    def close(self, timeout: float | None = None) -> None:
-        """:meth:`Pool.close` of all endpoints, side by side, and of the group.
-
-        :param timeout: as for a pool; one time for all.
-        """
-        if timeout is not None:
-            seconds("timeout", timeout, zero=True)
-        self._closed = True
-        close_all(self._alive(), timeout)
 
     @property
     def closed(self) -> bool:
@@ -241,14 +208,6 @@ class PoolGroup(Generic[C]):
             endpoints={key: pool.stats() for key, pool in self._pools.items()},
             max_total=None if budget is None else budget.max_total,
         )
-
-    def __enter__(self: G) -> G:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a group cannot be copied or pickled: make another one")
@@ -265,6 +224,15 @@ class PoolGroup(Generic[C]):
     @property
     def _label(self) -> str:
         return f"{type(self).__name__} {self._name!r}" if self._name else type(self).__name__
+
+    def _clear(self) -> None:
+        clear_all(self._alive())
+
+    def _close(self, timeout: float | None) -> None:
+        if timeout is not None:
+            seconds("timeout", timeout, zero=True)
+        self._closed = True
+        close_all(self._alive(), timeout)
 
     def _where_is(self, options: Mapping[str, Any]) -> str:
         """No other options than these, and not the key: there may be a password in them."""
@@ -327,11 +295,11 @@ class _GroupRounds(Rounds):
 
     insists = True
 
-    def __init__(self, group: PoolGroup[Any]) -> None:
+    def __init__(self, group: Group[Any, Any, Any]) -> None:
         super().__init__()
         self._group = weakref.ref(group)
 
-    def let_go(self, pool: BlockingPool[Any]) -> None:
+    def let_go(self, pool: Driver[Any]) -> None:
         group = self._group()
         if group is not None and group._pools.get(pool._key) is pool:  # type: ignore[attr-defined]
             group._forget(pool)
@@ -341,12 +309,12 @@ class _GroupRounds(Rounds):
         super().let_go(pool)
 
     def disown(self, pool: Endpoint[Any]) -> None:
-        """It goes: see `PoolGroup`."""
+        """It goes: see `Group`."""
         group = self._group()
         if group is not None:
             group._disown(pool)
 
-    def tended(self, pool: BlockingPool[Any], pause: float) -> float:
+    def tended(self, pool: Driver[Any], pause: float) -> float:
         group = self._group()
         return pause if group is None else group._tended(pool, pause)  # type: ignore[arg-type]
 

@@ -13,11 +13,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from gsocketpool.core import Member
-from gsocketpool.log import say
 from gsocketpool.operations import describe
 
 if TYPE_CHECKING:
-    from gsocketpool.blocking import BlockingPool
+    from gsocketpool.driver import Driver
 
 __all__ = ["Ledger", "Loan"]
 
@@ -72,7 +71,7 @@ class Ledger:
         self._unreported: OrderedDict[Member[Any], None] = OrderedDict()  # in the order in which they were lent
         self.waiting: set[int] = set()  # borrowers, by their identity, that stand in the queue
 
-    def begin(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
+    def begin(self, pool: Driver[Any], member: Member[Any]) -> None:
         """Whoever is running has borrowed it."""
         loan = member.loan = Loan(pool._borrower(), monotonic())
         if self._leak_threshold is not None:
@@ -87,7 +86,7 @@ class Ledger:
 
             loan.unlink = pool._when_over(loan.borrower, ended)
 
-    def end(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
+    def end(self, pool: Driver[Any], member: Member[Any]) -> None:
         """It came back, or was given up."""
         loan: Loan | None = member.loan
         if loan is None:
@@ -99,7 +98,7 @@ class Ledger:
         if loan.reported:
             # In the background: a log handler may wait, and be killed there, before the connection is given back.
             pool._spawn(
-                say,
+                pool._say,
                 logging.WARNING,
                 "%s: the connection that %r had for so long came back after %.1f s: %s",
                 pool._label,
@@ -108,7 +107,7 @@ class Ledger:
                 describe(member.connection),
             )
 
-    def report(self, pool: BlockingPool[Any], now: float) -> None:
+    def report(self, pool: Driver[Any], now: float) -> None:
         """Log, once each, whose loans are longer than `leak_threshold`."""
         while self._leak_threshold is not None and self._unreported:
             member = next(iter(self._unreported))
@@ -117,7 +116,7 @@ class Ledger:
                 break
             del self._unreported[member]
             loan.reported = True
-            say(
+            pool._say(
                 logging.WARNING,
                 "%s: %r has held a connection for %.1f s, longer than leak_threshold=%g: %s; it was borrowed here:\n%s",
                 pool._label,
@@ -135,12 +134,12 @@ class Ledger:
         self._unreported.clear()
 
 
-def take_back(pool: BlockingPool[Any], member: Member[Any], loan: Loan) -> None:
+def take_back(pool: Driver[Any], member: Member[Any], loan: Loan) -> None:
     """The borrower has ended, and nobody else will give it back."""
     if member.loan is loan:
         loan.reported = False  # it does not come back
         pool._discard(member, "reclaimed")
-        say(
+        pool._say(
             logging.WARNING,
             "%s: %r ended without releasing a connection, which is closed: %s; it was borrowed here:\n%s",
             pool._label,

@@ -4,44 +4,47 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from gsocketpool.connection import Connection, Wrap
 
-__all__ = ["Functions", "Methods", "Operations", "describe", "descriptor_of", "operations_of"]
+__all__ = ["Functions", "Methods", "Operations", "describe", "descriptor_of", "operations_of", "plainly"]
 
 C = TypeVar("C")
+R = TypeVar("R")
 T_contra = TypeVar("T_contra", contravariant=True)
 
 
 class Operations(Protocol[T_contra]):
-    """What a pool does with a connection. Each may raise whatever user code raises."""
+    """What a pool does with a connection. Each may raise whatever user code raises, and answers what that answered."""
 
     def vet(self, connection: T_contra) -> None:
         """Refuse, with a TypeError, what a factory should not have returned."""
 
-    def open(self, connection: T_contra) -> None:
+    def open(self, connection: T_contra) -> object:
         """Open what the factory returned."""
 
-    def close(self, connection: T_contra) -> None:
+    def close(self, connection: T_contra) -> object:
         """Close it, if it is open."""
 
     def is_expired(self, connection: T_contra) -> bool:
         """Whether the reaper should take it."""
 
-    def check(self, connection: T_contra) -> bool:
+    def check(self, connection: T_contra) -> object:
         """Whether it can be lent after it idled."""
 
     def checks(self, connection: T_contra) -> bool:
         """Whether `check` looks at anything."""
 
-    def reset(self, connection: T_contra) -> None:
+    def reset(self, connection: T_contra) -> object:
         """Make it as new, before anyone else can have it."""
 
     def resets(self, connection: T_contra) -> bool:
         """Whether `reset` does anything."""
 
-    def keepalive(self, connection: T_contra) -> bool:
+    def keepalive(self, connection: T_contra) -> object:
         """Whether the peer still answers."""
 
     def fileno(self, connection: T_contra) -> int | None:
@@ -51,6 +54,9 @@ class Operations(Protocol[T_contra]):
 class Methods:
     """The methods of a `Connection`."""
 
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
     def vet(self, connection: Connection) -> None:
         if not isinstance(connection, Connection):
             raise TypeError(
@@ -58,35 +64,34 @@ class Methods:
                 "if the factory returns it open already, use Pool(wrap(factory))"
             )
 
-    def open(self, connection: Connection) -> None:
-        connection.open()
+    def open(self, connection: Any) -> object:
+        return connection.open()
 
-    def close(self, connection: Connection) -> None:
+    def close(self, connection: Any) -> object:
         try:
             connected = connection.is_connected()
         except BaseException:
-            connection.close()  # it may well be open
+            self._call(connection.close)  # it may well be open
             raise
-        if connected:
-            connection.close()
+        return connection.close() if connected else None
 
     def is_expired(self, connection: Connection) -> bool:
         return connection.is_expired()
 
-    def check(self, connection: Connection) -> bool:
+    def check(self, connection: Connection) -> object:
         return connection.check()
 
     def checks(self, connection: Connection) -> bool:
         return type(connection).check is not Connection.check
 
-    def reset(self, connection: Connection) -> None:
-        connection.reset()
+    def reset(self, connection: Any) -> object:
+        return connection.reset()
 
     def resets(self, connection: Connection) -> bool:
         # Asked of the class: an instance's __getattr__ may be a remote call.
         return type(connection).reset is not Connection.reset
 
-    def keepalive(self, connection: Connection) -> bool:
+    def keepalive(self, connection: Connection) -> object:
         return connection.keepalive()
 
     def fileno(self, connection: Connection) -> int | None:
@@ -108,29 +113,28 @@ class Functions(Generic[C]):
     def open(self, connection: C) -> None:
         """Nothing to do: the factory's own call opened it."""
 
-    def close(self, connection: C) -> None:
-        self._wrapped.close(connection)
+    def close(self, connection: C) -> object:
+        return self._wrapped.close(connection)
 
     def is_expired(self, connection: C) -> bool:
         return False
 
-    def check(self, connection: C) -> bool:
-        return self._wrapped.check is None or bool(self._wrapped.check(connection))
+    def check(self, connection: C) -> object:
+        return self._wrapped.check is None or self._wrapped.check(connection)
 
     def checks(self, connection: C) -> bool:
         return self._wrapped.check is not None
 
-    def reset(self, connection: C) -> None:
-        if self._wrapped.reset is not None:
-            self._wrapped.reset(connection)
+    def reset(self, connection: C) -> object:
+        return None if self._wrapped.reset is None else self._wrapped.reset(connection)
 
     def resets(self, connection: C) -> bool:
         return self._wrapped.reset is not None
 
-    def keepalive(self, connection: C) -> bool:
+    def keepalive(self, connection: C) -> object:
         if self._wrapped.keepalive is None:
             return self.check(connection)
-        return bool(self._wrapped.keepalive(connection))
+        return self._wrapped.keepalive(connection)
 
     def fileno(self, connection: C) -> int | None:
         if self._wrapped.fileno is not None:
@@ -157,6 +161,24 @@ def describe(connection: object) -> str:
     return f"<{type(connection).__name__} at {id(connection):#x}>"
 
 
-def operations_of(factory: object) -> Operations[Any]:
-    """The operations for what this factory makes."""
-    return Functions(factory) if isinstance(factory, Wrap) else Methods()
+class Called:
+    """Operations, each of which is called by a function of the runtime's."""
+
+    def __init__(self, operations: Operations[Any], call: Callable[..., Any]) -> None:
+        self.checks, self.resets = operations.checks, operations.resets  # call nothing
+        for name in ("vet", "open", "close", "is_expired", "check", "reset", "keepalive", "fileno"):
+            setattr(self, name, partial(call, getattr(operations, name)))
+
+
+def plainly(function: Callable[..., R], *args: Any, **options: Any) -> R:
+    """Call it."""
+    return function(*args, **options)
+
+
+def operations_of(factory: object, call: Callable[..., Any] = plainly) -> Operations[Any]:
+    """The operations for what this factory makes.
+
+    :param call: calls what the user has written.
+    """
+    operations: Any = Functions(factory) if isinstance(factory, Wrap) else Methods(call)
+    return operations if call is plainly else Called(operations, call)  # type: ignore[return-value]

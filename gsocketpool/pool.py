@@ -6,7 +6,6 @@ import functools
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any, Final, TypeVar
 
@@ -14,14 +13,16 @@ import gevent
 from gevent import get_hub, getcurrent
 from gevent.monkey import get_original
 
-from gsocketpool.blocking import BlockingPool
+from gsocketpool.blocking import BlockingGroup, BlockingPool
 from gsocketpool.core import Member, Place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
+from gsocketpool.group import Endpoint as GroupEndpoint
 from gsocketpool.upkeep import stirs
 
-__all__ = ["ConnectionNotFoundError", "Pool", "PoolClosedError", "PoolError", "PoolExhaustedError"]
+__all__ = ["ConnectionNotFoundError", "Pool", "PoolClosedError", "PoolError", "PoolExhaustedError", "PoolGroup"]
 
 C = TypeVar("C")
+R = TypeVar("R")
 
 READ: Final = 1  # gevent's flag for an io watcher
 
@@ -109,12 +110,16 @@ class Pool(BlockingPool[C]):
 
     __slots__ = ("__dict__", "_alarm", "_crowd", "_home", "_hub", "_patient", "_run_callback", "_timer")
 
+    @classmethod
+    def _home_is(cls) -> object:
+        return get_ident()
+
     def _settle_in(self) -> None:
         self._hub = get_hub()
         self._timer = self._hub.loop.timer
         self._run_callback = self._hub.loop.run_callback
         self._home = get_ident()
-        if self._budget is not None and not self._budget.settles_in(self._home):
+        if self._budget is not None and self._budget.settles_in(self._home) != self._home:
             raise PoolError("this budget serves pools of another thread: make one in each thread")
         self._patient: deque[Place[C]] = deque()  # parked until their deadlines, which are in this order
         self._crowd = 16  # as many may stand among them who have left, and so many more as do stand there
@@ -206,19 +211,8 @@ class Pool(BlockingPool[C]):
         if loop is not None:  # else the thread and its hub are gone, and whoever stood there with them
             loop.run_callback_threadsafe(self._wake, place)
 
-    @staticmethod
-    def _doze(place: Place[Any], duration: float) -> None:
-        hub = get_hub()
-        place.waiter = getcurrent().switch
-        timer = hub.loop.timer(min(max(duration, SHORTEST_WAIT), LONGEST_DOZE), ref=False)
-        timer.start(place.waiter)
-        try:
-            hub.switch()
-        finally:
-            timer.close()
-            place.waiter = None
-            if place.waking is not None:
-                place.waking.stop()
+    def _sleeper(self) -> Callable[[Place[Any], float], None]:
+        return _sleep
 
     def _watch(self, descriptor: int, member: Member[C]) -> object:
         watcher = self._hub.loop.io(descriptor, READ, ref=False)
@@ -253,11 +247,26 @@ class Pool(BlockingPool[C]):
         borrower.rawlink(callback)
         return functools.partial(borrower.unlink, callback)
 
-    def _bounded(self, limit: float) -> AbstractContextManager[object]:
-        return gevent.Timeout(limit, TimeoutError(f"not done after {limit:g} s"))
+    def _within(self, limit: float, function: Callable[..., R], *args: Any) -> R:
+        with gevent.Timeout(limit, TimeoutError(f"not done after {limit:g} s")):
+            return function(*args)
 
     def _may_raise(self, error: BaseException) -> bool:
         return not isinstance(error, gevent.GreenletExit)
+
+
+def _sleep(place: Place[Any], duration: float) -> None:
+    hub = get_hub()
+    place.waiter = getcurrent().switch
+    timer = hub.loop.timer(min(max(duration, SHORTEST_WAIT), LONGEST_DOZE), ref=False)
+    timer.start(place.waiter)
+    try:
+        hub.switch()
+    finally:
+        timer.close()
+        place.waiter = None
+        if place.waking is not None:
+            place.waking.stop()
 
 
 def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any]) -> None:
@@ -283,3 +292,47 @@ def _begin(job: Callable[..., object], args: tuple[object, ...]) -> object:
     task = gevent.spawn(run)
     task.rawlink(ended)
     return task
+
+
+class Endpoint(GroupEndpoint[C], Pool[C]):
+    """The pool of one endpoint of a group."""
+
+    __slots__ = ()
+
+
+class PoolGroup(BlockingGroup[C, Pool[C]]):
+    """A pool for each endpoint, made when it is first asked for, all with the same parameters; and one cap over all.
+
+    ::
+
+        group = PoolGroup(TcpConnection, max_connections=10, max_total=100)
+        with group.connection(host="10.0.0.1", port=6000) as conn:
+            ...
+
+    All that a pool can be told, :class:`~gsocketpool.Pool` says what, can be told to a group by keyword, and holds for
+    each endpoint; but for `initial_connections`: use `min_idle` and :meth:`Pool.wait_ready`. One background greenlet
+    tends them all. A group belongs to one thread, as a pool does.
+
+    :param factory: makes a connection: as for a :class:`~gsocketpool.Pool`.
+    :param max_connections: most sockets of one endpoint.
+    :param max_total: most sockets of all endpoints; None: no such cap. See :class:`~gsocketpool.Budget` for who gets
+        one when there are no more.
+    :param key: called with the options; its answer says which endpoint they mean, and must be the same each time for
+        the same options: it is not asked each time. The options with which an endpoint was asked for first are those
+        with which its connections are made. None: options that are equal, in whichever order, mean the same endpoint;
+        1, 1.0 and True are equal.
+    :param forget_after: seconds; the pool of an endpoint that has no connection and no waiter for so long is
+        forgotten, with its counts and whatever its ``resize()`` said. Whoever still refers to it can go on using it.
+    :param name: what logs, errors and ``repr()`` call this group. Its pools are called so too, and by their ``host``
+        and ``port``, or ``path``, where the options have those.
+    :param max_connecting: most dials to one endpoint at once; None: 8, or a quarter of what `max_total` or `budget` is
+        when the group is made, whichever is less, so that an endpoint whose dials hang cannot take the others' share.
+    :param breaker: after so many dials to an endpoint have failed in a row, there is none for a while, and where none
+        of its connections is left, whoever asks for one gets :exc:`~gsocketpool.BreakerOpenError` at once. See
+        :class:`~gsocketpool.Pool`. None: off.
+    :param budget: instead of `max_total`: a cap that is shared with other groups or pools.
+    :raises TypeError: a parameter has the wrong type, or is unknown; the message names it and says what it takes.
+    :raises ValueError: a parameter has a wrong value; likewise.
+    """
+
+    _endpoint = Endpoint

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from gsocketpool.core import INSPECTED, Member, Place, new_place
 from gsocketpool.lifetime import NEVER, equal_jitter, full_jitter
-from gsocketpool.log import say
 from gsocketpool.operations import descriptor_of
 from gsocketpool.settings import Settings
 
 if TYPE_CHECKING:
-    from gsocketpool.blocking import BlockingPool
+    from gsocketpool.driver import Driver
 
 __all__ = ["Alone", "Keeper", "Rounds", "Upkeep", "stirs"]
 
@@ -51,7 +50,7 @@ class Upkeep:
         self._reaping = False
         self._unclosed: list[Member[Any]] = []
 
-    def begin(self, pool: BlockingPool[Any]) -> None:
+    def begin(self, pool: Driver[Any]) -> None:
         """Tend the pool from now on, if there is anything to do for it."""
         wished = self._settings.max_lifetime is not None or self._settings.breaker is not None
         if wished or self._keeper.insists or min(self._tick, self._reap_every) < NEVER:
@@ -61,11 +60,11 @@ class Upkeep:
             self._next_reap = now + self._reap_every
             self._keeper.keep(pool)
 
-    def end(self, pool: BlockingPool[Any]) -> None:
+    def end(self, pool: Driver[Any]) -> None:
         """The pool is closed."""
         self._keeper.let_go(pool)
 
-    def tend(self, pool: BlockingPool[Any]) -> float:
+    def tend(self, pool: Driver[Any]) -> float:
         """Do what is due. Answers for how many seconds there is nothing."""
         now = monotonic()
         if now >= self._next_tick:
@@ -95,13 +94,13 @@ class Upkeep:
             self.wakes_at = min(self._next_tick, self._next_reap, self._rest_until, self._trial_at, pool.next_audit())
         return max(0.0, self.wakes_at - monotonic())
 
-    def hurry(self, pool: BlockingPool[Any], when: float) -> None:
+    def hurry(self, pool: Driver[Any], when: float) -> None:
         """Something is due then, which may be sooner than all that was known when the upkeep went to sleep."""
         if when < self.wakes_at:
             self.wakes_at = when
             self._keeper.hurry(pool)
 
-    def rest(self, pool: BlockingPool[Any], setbacks: int) -> float:
+    def rest(self, pool: Driver[Any], setbacks: int) -> float:
         """The stock cannot be dialled for. Answers in how many seconds it will be tried again."""
         now = monotonic()
         if not self.resting:
@@ -114,19 +113,19 @@ class Upkeep:
         """Whether the stock is not dialled for, since that failed."""
         return self._rest_until < NEVER
 
-    def opened(self, pool: BlockingPool[Any], look_at: float) -> None:
+    def opened(self, pool: Driver[Any], look_at: float) -> None:
         """A dial has succeeded; what it opened must be looked at then."""
         self.begins_anew()
         self.hurry(pool, min(look_at, self._next_tick, self._next_reap))
 
-    def pause_dials(self, pool: BlockingPool[Any], trips: int) -> float:
+    def pause_dials(self, pool: Driver[Any], trips: int) -> float:
         """The breaker lets nothing pass for a while. Answers for how many seconds."""
         pause = equal_jitter(trips, *self._settings.backoff, random.random)
         self._trial_at = monotonic() + pause
         self.hurry(pool, self._trial_at)
         return pause
 
-    def trial_begins(self, pool: BlockingPool[Any]) -> None:
+    def trial_begins(self, pool: Driver[Any]) -> None:
         """There may be another if this one hangs, but not soon."""
         self._trial_at = monotonic() + self._settings.backoff[1]
         self.hurry(pool, self._trial_at)
@@ -139,9 +138,9 @@ class Upkeep:
         """Seconds until the breaker lets a dial pass."""
         return max(0.0, self._trial_at - monotonic()) if self._trial_at < NEVER else 0.0
 
-    def _reap(self, pool: BlockingPool[Any]) -> None:
+    def _reap(self, pool: Driver[Any]) -> None:
         try:
-            pool.drop_expired()
+            pool._drop_expired()
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
@@ -153,19 +152,18 @@ class Upkeep:
 
     # Keepalives
 
-    def _start_proving(self, pool: BlockingPool[Any]) -> None:
+    def _start_proving(self, pool: Driver[Any]) -> None:
         while self._proving < self._settings.max_connecting and (member := pool.prove()) is not None:
             self._proving += 1
             pool._spawn(self._prove, pool, member)
 
-    def _prove(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
+    def _prove(self, pool: Driver[Any], member: Member[Any]) -> None:
         alive = False
         pool._talking.add(pool._borrower())
         try:
             if member.holder is INSPECTED:  # else it was dropped, or this is the child of a fork
                 self.look_away(pool, member)
-                with pool._bounded(pool.keepalive_grace):
-                    alive = bool(pool._operations.keepalive(member.connection))
+                alive = bool(pool._within(pool.keepalive_grace, pool._operations.keepalive, member.connection))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
@@ -185,7 +183,7 @@ class Upkeep:
     # Idle connections whose descriptor is known are watched once nobody has touched them for a tick: what is lent again
     # before that, on the hot path, costs nothing.
 
-    def look_at(self, pool: BlockingPool[Any], members: list[Member[Any]]) -> None:
+    def look_at(self, pool: Driver[Any], members: list[Member[Any]]) -> None:
         """Be told when the peer of an idle connection hangs up, or says something unasked."""
         if self._settings.check_after_idle is None:
             return
@@ -197,9 +195,9 @@ class Upkeep:
                 if descriptor is not None and pool._operations.checks(member.connection):
                     member.watch = pool._watch(descriptor, member)
             except Exception as error:
-                say(logging.DEBUG, "%s: a connection cannot be watched by its fileno()", pool._label, error=error)
+                pool._say(logging.DEBUG, "%s: a connection cannot be watched by its fileno()", pool._label, error=error)
 
-    def look_away(self, pool: BlockingPool[Any], member: Member[Any]) -> None:
+    def look_away(self, pool: Driver[Any], member: Member[Any]) -> None:
         """No longer: it is lent, asked or closed."""
         if member.watch is not None:
             pool._unwatch(member.watch)
@@ -224,7 +222,7 @@ def checks_always(settings: Settings) -> bool:
     return settings.check_after_idle is not None and settings.check_after_idle < FINEST_TICK
 
 
-def tend(pool: BlockingPool[Any]) -> float:
+def tend(pool: Driver[Any]) -> float:
     """As the pool's upkeep does; what goes wrong is said, and tried again a little later."""
     try:
         return pool._upkeep.tend(pool)
@@ -243,15 +241,15 @@ class Keeper:
     #: Whether it wants to tend a pool for which there is nothing to do.
     insists: ClassVar[bool] = False
 
-    def keep(self, pool: BlockingPool[Any]) -> None:
+    def keep(self, pool: Driver[Any]) -> None:
         """Tend this pool from now on."""
         raise NotImplementedError
 
-    def hurry(self, pool: BlockingPool[Any]) -> None:
+    def hurry(self, pool: Driver[Any]) -> None:
         """It must be tended sooner than it has said: at `wakes_at`."""
         raise NotImplementedError
 
-    def let_go(self, pool: BlockingPool[Any]) -> None:
+    def let_go(self, pool: Driver[Any]) -> None:
         """It is closed. May be called in any thread."""
         raise NotImplementedError
 
@@ -262,27 +260,27 @@ class Alone(Keeper):
     def __init__(self) -> None:
         self._alarm: Place[Any] = new_place()
 
-    def keep(self, pool: BlockingPool[Any]) -> None:
-        pool._spawn(self._keep_up, weakref.ref(pool), pool._doze)
+    def keep(self, pool: Driver[Any]) -> None:
+        pool._spawn(self._keep_up, weakref.ref(pool), pool._sleeper())
 
-    def hurry(self, pool: BlockingPool[Any]) -> None:
+    def hurry(self, pool: Driver[Any]) -> None:
         pool._wake(self._alarm)
 
-    def let_go(self, pool: BlockingPool[Any]) -> None:
+    def let_go(self, pool: Driver[Any]) -> None:
         pool._rouse(self._alarm)
 
-    def _keep_up(self, ref: weakref.ref[BlockingPool[Any]], doze: Callable[[Place[Any], float], None]) -> None:
+    def _keep_up(self, ref: weakref.ref[Driver[Any]], sleep: Callable[[Place[Any], float], None]) -> None:
         try:
-            while (pool := ref()) is not None and not pool.closed:
+            while (pool := ref()) is not None and not pool._closed:
                 pause = tend(pool)
                 del pool
-                doze(self._alarm, pause)
+                sleep(self._alarm, pause)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # killed
             pool = ref()
-            if pool is not None and not pool.closed:
-                pool._spawn(self._keep_up, ref, doze)
+            if pool is not None and not pool._closed:
+                pool._spawn(self._keep_up, ref, sleep)
             raise
 
 
@@ -291,31 +289,31 @@ class Rounds(Keeper):
 
     def __init__(self) -> None:
         self._alarm: Place[Any] = new_place()
-        self._due: list[tuple[float, int, weakref.ref[BlockingPool[Any]]]] = []
+        self._due: list[tuple[float, int, weakref.ref[Driver[Any]]]] = []
         self._entries = 0
         self._begun = False
 
-    def keep(self, pool: BlockingPool[Any]) -> None:
+    def keep(self, pool: Driver[Any]) -> None:
         self.hurry(pool)
 
-    def hurry(self, pool: BlockingPool[Any]) -> None:
+    def hurry(self, pool: Driver[Any]) -> None:
         self._put_down(pool._upkeep.wakes_at, pool)
         if not self._begun:
             self._begin(pool)
         elif self._due[0][2] is pool._ref:
             pool._wake(self._alarm)
 
-    def let_go(self, pool: BlockingPool[Any]) -> None:
+    def let_go(self, pool: Driver[Any]) -> None:
         pool._rouse(self._alarm)
 
-    def tended(self, pool: BlockingPool[Any], pause: float) -> float:
+    def tended(self, pool: Driver[Any], pause: float) -> float:
         """It was, and wants to be again in so many seconds. Answers in how many it will be."""
         return pause
 
-    def _go_round(self, doze: Callable[[Place[Any], float], None]) -> None:
+    def _go_round(self, sleep: Callable[[Place[Any], float], None]) -> None:
         try:
             while (pause := self._tend_some()) is not None:
-                doze(self._alarm, pause)
+                sleep(self._alarm, pause)
         except (KeyboardInterrupt, SystemExit):
             self._begun = False
             raise
@@ -327,9 +325,9 @@ class Rounds(Keeper):
             raise
         self._begun = False
 
-    def _begin(self, pool: BlockingPool[Any]) -> None:
+    def _begin(self, pool: Driver[Any]) -> None:
         self._begun = True
-        pool._spawn(self._go_round, pool._doze)
+        pool._spawn(self._go_round, pool._sleeper())
 
     def _tend_some(self) -> float | None:
         """Tend those that are due, but not so many at once that everybody else must wait for it. Answers the seconds
@@ -338,7 +336,7 @@ class Rounds(Keeper):
         left = MOST_TENDED
         while self._due:
             when, _, ref = self._due[0]
-            pool: BlockingPool[Any] | None = ref()
+            pool: Driver[Any] | None = ref()
             if pool is None or pool.closed or when != pool._upkeep.wakes_at:
                 heappop(self._due)  # it is gone, or there is another entry for it
                 continue
@@ -355,13 +353,13 @@ class Rounds(Keeper):
                     self._put_down(pool._upkeep.wakes_at, pool)
         return None
 
-    def _put_down(self, when: float, pool: BlockingPool[Any]) -> None:
+    def _put_down(self, when: float, pool: Driver[Any]) -> None:
         self._entries += 1
         entry: Any = (when, self._entries, pool._ref)
         heappush(self._due, entry)
 
 
-def stirs(pool: BlockingPool[Any], member: Member[Any]) -> None:
+def stirs(pool: Driver[Any], member: Member[Any]) -> None:
     """There is something to read on a connection that idles, or idled a moment ago."""
     if pool.take_out(member):
         member.stirs += 1

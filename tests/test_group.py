@@ -39,7 +39,8 @@ from gsocketpool import (
     UnixConnection,
 )
 from gsocketpool.forking import pools as all_pools
-from gsocketpool.group import MOST_CALLS, Endpoint
+from gsocketpool.group import MOST_CALLS
+from gsocketpool.pool import Endpoint
 from tests.conftest import Logged
 from tests.dials import BOUND, Attempt
 from tests.servers import LineEchoServer, Server, echo_lines, refused_port

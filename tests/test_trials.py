@@ -13,7 +13,7 @@ import pytest
 from gevent.event import Event
 
 from gsocketpool import Pool, PoolExhaustedError, TcpConnection, wrap
-from gsocketpool.blocking import LAST_MOMENT
+from gsocketpool.driver import LAST_MOMENT
 from tests.conftest import Logged
 from tests.dials import BOUND, Attempt
 from tests.faults import until
