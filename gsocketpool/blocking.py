@@ -3,25 +3,15 @@ eventlet. What is behind it is `driver`'s."""
 
 from __future__ import annotations
 
-import sys
 from types import EllipsisType, TracebackType
 from typing import Any, ClassVar, TypeVar
 
 from gsocketpool.arguments import is_seconds
 from gsocketpool.core import BY_HAND, NOBODY, RETIRED, Place
-from gsocketpool.driver import Borrowing, Driver, is_ours
+from gsocketpool.driver import Borrowing, Driver, exception, is_ours
 from gsocketpool.group import Group
 
-if sys.version_info >= (3, 11):
-    from sys import exception
-else:
-
-    def exception() -> BaseException | None:
-        """The exception that is being handled, by an except or a finally."""
-        return sys.exc_info()[1]
-
-
-__all__ = ["BlockingGroup", "BlockingPool", "Lease", "LeaseByHand", "exception"]
+__all__ = ["BlockingGroup", "BlockingPool", "Lease", "LeaseByHand"]
 
 C = TypeVar("C")
 P = TypeVar("P", bound="BlockingPool[Any]")

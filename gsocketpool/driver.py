@@ -54,7 +54,16 @@ from gsocketpool.settings import Settings
 from gsocketpool.stats import Holder, PoolStats
 from gsocketpool.upkeep import Alone, Keeper, Upkeep, checks_always
 
-__all__ = ["Borrowing", "Driver", "clear_all", "close_all", "is_ours"]
+if sys.version_info >= (3, 11):
+    from sys import exception
+else:
+
+    def exception() -> BaseException | None:
+        """The exception that is being handled, by an except or a finally."""
+        return sys.exc_info()[1]
+
+
+__all__ = ["Borrowing", "Driver", "clear_all", "close_all", "exception", "is_ours"]
 
 #: What a waiter is told for whom the breaker leaves no hope.
 HOPELESS: Final = PoolError("the breaker is open")

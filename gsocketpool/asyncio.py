@@ -1,0 +1,517 @@
+"""The pool for asyncio.
+
+The names are those of :mod:`gsocketpool`; what may wait is awaited. What the user has written (`open`, `close`,
+`check`, `reset`, `keepalive`, and what :func:`~gsocketpool.wrap` is given) may be plain or ``async``.
+
+Nothing is decided here. The driver that serves greenlets and threads serves tasks too: a call that may have to wait
+runs in a greenlet of its own, inside its caller's task, and where it would stand still, it hands out what must be
+awaited.
+SQLAlchemy came up with that. A call that need not wait makes no greenlet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import os
+import weakref
+from asyncio import get_running_loop
+from collections.abc import Awaitable, Callable
+from inspect import isawaitable
+from threading import get_ident
+from types import EllipsisType, TracebackType
+from typing import Any, ClassVar, Final, TypeVar
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from gsocketpool.arguments import is_seconds
+from gsocketpool.core import BY_HAND, NOBODY, RETIRED, Member, Place
+from gsocketpool.driver import Borrowing, Driver, exception, is_ours
+from gsocketpool.exceptions import PoolError
+from gsocketpool.group import Endpoint as GroupEndpoint
+from gsocketpool.group import Group
+from gsocketpool.upkeep import stirs
+
+__all__ = ["Lease", "Pool", "PoolGroup"]
+
+C = TypeVar("C")
+R = TypeVar("R")
+P = TypeVar("P", bound="Pool[Any]")
+G = TypeVar("G", bound="PoolGroup[Any]")
+
+#: Seconds that the upkeep sleeps at most, where nothing is due: a timer takes no infinite number.
+LONGEST_SLEEP: Final = 86_400.0
+
+
+class Lease(Borrowing[C]):
+    """What :meth:`Pool.connection` returns: borrows when the block is entered, gives back when it is left."""
+
+    __slots__ = ()
+
+    _pool: Pool[C]
+
+    async def __aenter__(self) -> C:
+        if self._member is not None:
+            raise RuntimeError("this block is entered already; call connection() again for a second connection")
+        pool, timeout = self._pool, self._timeout
+        lane = pool._lane_with
+        if lane and get_running_loop() is pool._loop and (timeout is ... or is_seconds(timeout)):
+            member = lane.pop()
+            member.uses += 1
+            member.holder = self
+        else:
+            self._member = NOBODY  # entered already, should another task try while this one waits
+            try:
+                member = await pool._run(pool._acquire, self, 10, 0, timeout)
+            except BaseException:
+                self._member = None
+                raise
+        self._member = member
+        return member.connection
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        member, self._member = self._member, None
+        if member is None or member.holder is not self:
+            return  # dropped inside the block
+        pool = self._pool
+        if kind is None or not pool._settings.discards(kind):
+            if kind is None and pool._lane_in:
+                pool._warm.append(member)
+                member.holder = None
+            elif kind is None and pool._plain:
+                outcome = pool.give(member)
+                if outcome is not None:
+                    pool._settle(outcome, member)
+            else:
+                await pool._run(pool._return, member)
+        else:
+            pool._discard(member)
+
+
+class LeaseByHand(Lease[C]):
+    """A lease of a pool whose subclass has an `acquire` or a `release` of its own: it calls them."""
+
+    __slots__ = ()
+
+    async def __aenter__(self) -> C:
+        timeout = self._timeout
+        connection = await (self._pool.acquire() if timeout is ... else self._pool.acquire(timeout=timeout))
+        self._member = self._pool._members.get(id(connection), NOBODY)
+        return connection
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        member, self._member = self._member, None
+        if member is None or member.holder is not BY_HAND:
+            return  # given up inside the block
+        if kind is None or not self._pool._settings.discards(kind):
+            await self._pool.release(member.connection)
+        else:
+            self._pool._discard(member)
+
+
+class Pool(Driver[C]):
+    """A pool of connections for the tasks of one event loop.
+
+    ::
+
+        async with Pool(TcpConnection, {"host": "10.0.0.1", "port": 6000}) as pool:
+            async with pool.connection(timeout=2) as conn:
+                await conn.send(b"hello")
+
+    What :class:`gsocketpool.Pool` says of its parameters holds here, but for these:
+
+    :param initial_connections: must be 0, for a constructor cannot wait: use `min_idle` and :meth:`wait_ready`.
+    :param reclaim: it is a task whose end takes back what it had borrowed.
+    :raises RuntimeError: no event loop is running. Make the pool in a coroutine.
+
+    A cancelled task costs what a killed greenlet does there: its connection if it has one, its place in the queue if it
+    waits, and nothing else. Calls from another event loop raise :exc:`~gsocketpool.PoolError`.
+
+    Close the pool before its loop ends: nothing can be closed afterwards.
+    """
+
+    _lease: ClassVar[type[Lease[Any]]] = Lease
+    _home_name = "event loop"
+
+    __slots__ = ("__dict__", "_context", "_jobs", "_loop", "_process", "_thread")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not (is_ours(cls.acquire) and is_ours(cls.release)):
+            cls._lease = LeaseByHand
+
+    async def acquire(self, retry: int = 10, retried: int = 0, *, timeout: float | EllipsisType | None = ...) -> C:
+        """Borrow a connection: an idle one, one that is given back, or a new one, whichever comes first.
+
+        Give it back with :meth:`release`, or :meth:`drop` it; :meth:`connection` does that by itself.
+
+        :param retry: as for :meth:`gsocketpool.Pool.acquire`.
+        :param retried: likewise.
+        :param timeout: seconds for the whole of it, a dial included; None waits for ever; 0 takes an idle connection or
+            raises, and never yields to another task.
+        :raises PoolExhaustedError: none could be had in that time, or `max_waiting` wait already.
+        :raises PoolClosedError: the pool is closed.
+        :raises Exception: whatever `open()` raised in the dial that was made for this borrower.
+        """
+        lane = self._lane_out
+        if lane and timeout is ... and retry == 10 and retried == 0 and get_running_loop() is self._loop:
+            self._latest = member = lane.pop()
+            member.uses += 1
+            member.holder = BY_HAND
+            return member.connection
+        member = await self._run(self._acquire, BY_HAND, retry, retried, timeout)
+        return member.connection
+
+    async def release(self, conn: C) -> None:
+        """Give back what :meth:`acquire` returned.
+
+        If it is called while an exception passes through or is being handled (in a ``finally`` or an ``except``), it
+        does as :meth:`connection` does: a cancellation and whatever `discard_on` names discard the connection, since
+        the rest of a reply may still be under way on it.
+
+        What ``close(timeout)`` took from its borrower can be released: nothing is done then.
+
+        :raises ConnectionNotFoundError: it is not in use, or not this pool's.
+        """
+        if get_running_loop() is not self._loop:
+            raise self._not_at_home()
+        error = exception()
+        member = self._latest
+        if member.connection is conn and member.holder is BY_HAND and error is None:
+            self._warm.append(member)
+            member.holder = None
+            return
+        member = self._members.get(id(conn), NOBODY)
+        if member.holder is not BY_HAND or not self._plain or error is not None:
+            try:
+                await self._run(self._release, conn, error)
+            finally:
+                error = None  # it may refer to this frame
+        elif self._lane_in:
+            self._warm.append(member)
+            member.holder = None
+        else:
+            outcome = self.give(member)
+            if type(outcome) is Place:
+                self._wake(outcome)
+            elif outcome is RETIRED:
+                self._close_all([member])
+
+    def connection(self, timeout: float | EllipsisType | None = ...) -> Lease[C]:
+        """A context manager, for ``async with``, that borrows a connection and gives it back.
+
+        A cancellation and any other exception that is no :exc:`Exception` discards the connection; so does an
+        :exc:`Exception` that `discard_on` names. Nothing is swallowed.
+
+        :param timeout: as for :meth:`acquire`.
+        """
+        return self._lease(self, timeout)
+
+    async def drop(self, conn: C) -> None:
+        """Remove a connection, idle or borrowed, and close it. Returns when it is closed.
+
+        :raises ConnectionNotFoundError: it is not this pool's.
+        """
+        await self._run(self._drop, conn)
+
+    async def drop_expired(self) -> None:
+        """Close the idle connections whose ``is_expired()`` is true. The reaper does so every `reap_interval`."""
+        await self._run(self._drop_expired)
+
+    async def clear(self) -> None:
+        """Retire all that was opened before this call, or is being opened: see :meth:`gsocketpool.Pool.clear`. Returns
+        when the idle ones are closed."""
+        await self._run(self._clear)
+
+    async def wait_ready(self, timeout: float | None = None) -> None:
+        """Return when `min_idle` connections are open, or `max_connections` if that is less by now.
+
+        :param timeout: seconds to wait for that; None waits for ever.
+        :raises PoolExhaustedError: they were not open in that time; `last_error` says why.
+        :raises PoolClosedError: the pool is closed.
+        """
+        await self._run(self._wait_ready, timeout)
+
+    async def close(self, timeout: float | None = None) -> None:
+        """Close the pool: idle connections now, borrowed ones as they return, dials as they end.
+
+        Whoever waits gets :exc:`PoolClosedError`. Returns when the idle ones are closed. Closing twice is fine.
+
+        :param timeout: seconds to wait until what is borrowed has come back, and all is closed; what is still borrowed
+            then is closed under its borrower's hands, which gets one second more. None waits for no borrower.
+        """
+        await self._run(self._close, timeout)
+
+    async def __aenter__(self: P) -> P:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # What the driver asks of a runtime
+
+    @classmethod
+    def _home_is(cls) -> object:
+        return get_running_loop()
+
+    def _settle_in(self) -> None:
+        if self._settings.initial_connections:
+            raise ValueError(
+                "initial_connections must be 0 in asyncio, where a constructor cannot wait: use min_idle, and await "
+                "wait_ready()"
+            )
+        try:
+            self._loop = get_running_loop()
+        except RuntimeError:
+            raise RuntimeError("no event loop is running: make the pool in a coroutine") from None
+        if self._budget is not None and self._budget.settles_in(self._loop) is not self._loop:
+            raise PoolError("this budget serves pools of another event loop: make one in each")
+        self._thread = get_ident()
+        self._process = os.getpid()
+        self._context = contextvars.copy_context()
+        self._jobs: set[_Job] = set()
+
+    async def _run(self, function: Callable[..., R], *args: object) -> R:
+        """Call a method of the driver's, which may park."""
+        if get_running_loop() is not self._loop:
+            raise self._not_at_home()
+        return await _in_greenlet(function, *args)
+
+    def _not_at_home(self) -> PoolError:
+        return PoolError(f"{self._label} was made in another event loop, and serves that one only: make one in each")
+
+    def _park(self, place: Place[C], limit: float | None) -> None:
+        _stand(self._loop, place, limit)
+
+    def _wake(self, place: Place[C]) -> None:
+        waiter, place.waiter = place.waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _rouse(self, place: Place[C]) -> None:
+        self._soon(self._wake, place)
+
+    def _spawn(self, job: Callable[..., object], *args: object) -> object:
+        return self._soon(_Job(self._loop, self._jobs, job, args).begin)
+
+    def _soon(self, callback: Callable[..., object], *args: object) -> object:
+        try:
+            if get_ident() == self._thread:
+                return self._loop.call_soon(callback, *args, context=self._context)
+            return self._loop.call_soon_threadsafe(callback, *args, context=self._context)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+            return None  # whoever waited is gone, and nothing can be closed any more
+
+    def _sleeper(self) -> Callable[[Place[Any], float], None]:
+        return functools.partial(_sleep, self._loop)
+
+    def _caller(self) -> Callable[..., Any]:
+        return _settled
+
+    def _within(self, limit: float, function: Callable[..., R], *args: Any) -> R:
+        task = self._loop.create_task(_in_greenlet(function, *args))
+        _await(asyncio.wait([task], timeout=limit))
+        if not task.done():
+            task.cancel()
+            raise TimeoutError(f"not done after {limit:g} s")
+        return task.result()
+
+    def _borrower(self) -> object:
+        return asyncio.current_task() or getcurrent()
+
+    def _may_raise(self, error: BaseException) -> bool:
+        return not isinstance(error, (asyncio.CancelledError, GreenletExit, GeneratorExit))
+
+    def _when_over(self, borrower: object, callback: Callable[[object], None]) -> Callable[[], object] | None:
+        if not isinstance(borrower, asyncio.Future):
+            return None
+        borrower.add_done_callback(callback)
+        return functools.partial(borrower.remove_done_callback, callback)
+
+    def _watch(self, descriptor: int, member: Member[C]) -> object:
+        try:
+            self._loop.add_reader(descriptor, _stirred, weakref.ref(self), member)
+            return descriptor, False
+        except RuntimeError:  # a transport of the loop's has it: watch the same socket under another number
+            descriptor = os.dup(descriptor)
+            try:
+                self._loop.add_reader(descriptor, _stirred, weakref.ref(self), member)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            return descriptor, True
+
+    def _unwatch(self, watch: Any) -> None:
+        descriptor, is_mine = watch
+        # What the child of a fork tells its copy of the loop, the kernel would tell the parent's.
+        if os.getpid() == self._process and not self._loop.is_closed():
+            self._loop.remove_reader(descriptor)
+        if is_mine:
+            os.close(descriptor)
+
+
+def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any]) -> None:
+    """Called by the loop when there is something to read on an idle connection."""
+    pool = ref()
+    if pool is not None:
+        pool._upkeep.look_away(pool, member)  # or the loop would call again at once
+        pool._spawn(stirs, pool, member)
+
+
+# The bridge: in a greenlet of these, whatever must be awaited is switched out to the greenlet's parent, which is a
+# coroutine below, or a `_Job`; what comes of it is switched or thrown in.
+
+
+async def _in_greenlet(function: Callable[..., R], *args: object) -> R:
+    """Call it in a greenlet, and await here what it awaits there."""
+    here = getcurrent()
+    there = greenlet(function, here)
+    there.gr_context = here.gr_context
+    del here
+    answer: Any = there.switch(*args)
+    while not there.dead:
+        try:
+            answer = await answer
+        except BaseException as error:
+            there.parent = getcurrent()
+            answer = there.throw(type(error), error, error.__traceback__)
+        else:
+            there.parent = getcurrent()
+            answer = there.switch(answer)
+    result: R = answer
+    return result
+
+
+def _await(awaitable: Awaitable[R]) -> R:
+    """Await it, from inside such a greenlet."""
+    parent = getcurrent().parent
+    assert parent is not None
+    result: R = parent.switch(awaitable)
+    return result
+
+
+def _settled(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call what the user has written, and await its answer if it is of that kind."""
+    answer = function(*args, **options)
+    return _await(answer) if isawaitable(answer) else answer
+
+
+def _stand(loop: asyncio.AbstractEventLoop, place: Place[Any], limit: float | None) -> None:
+    waiter = place.waiter = loop.create_future()
+    timer = None if limit is None else loop.call_later(limit, _expire, waiter)
+    try:
+        _await(waiter)
+    finally:
+        place.waiter = None
+        if timer is not None:
+            timer.cancel()
+
+
+def _sleep(loop: asyncio.AbstractEventLoop, place: Place[Any], duration: float) -> None:
+    _stand(loop, place, min(duration, LONGEST_SLEEP))
+
+
+def _expire(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+class _Job:
+    """A greenlet that callbacks of the loop run. No task: nobody can cancel what he does not know of, neither before it
+    has begun, nor between two steps. What it awaits runs in a task where it must."""
+
+    __slots__ = ("_greenlet", "_jobs", "_loop", "_task")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        jobs: set[_Job],
+        function: Callable[..., object],
+        args: tuple[object, ...],
+    ) -> None:
+        self._loop = loop
+        self._jobs = jobs
+        self._greenlet = greenlet(functools.partial(function, *args))
+        self._task: asyncio.Future[Any] | None = None
+
+    def begin(self) -> None:
+        """Run it, until it awaits something."""
+        self._greenlet.gr_context = contextvars.copy_context()
+        self._goes_on(self._greenlet.switch)
+
+    def _goes_on(self, resume: Callable[..., Any], *args: object) -> None:
+        self._greenlet.parent = getcurrent()
+        awaited = resume(*args)
+        if self._greenlet.dead:
+            return
+        if not asyncio.isfuture(awaited):
+            # The loop itself refers to a task by a weak reference.
+            awaited = self._task = self._loop.create_task(_awaits(awaited))
+            self._jobs.add(self)
+        awaited.add_done_callback(self._has_come)
+
+    def _has_come(self, awaited: asyncio.Future[Any]) -> None:
+        self._task = None
+        self._jobs.discard(self)
+        if awaited.cancelled():
+            self._goes_on(self._greenlet.throw, asyncio.CancelledError)
+        elif (error := awaited.exception()) is not None:
+            self._goes_on(self._greenlet.throw, type(error), error, error.__traceback__)
+        else:
+            self._goes_on(self._greenlet.switch, awaited.result())
+
+
+async def _awaits(awaitable: Awaitable[R]) -> R:
+    return await awaitable
+
+
+class Endpoint(GroupEndpoint[C], Pool[C]):
+    """The pool of one endpoint of a group."""
+
+
+class PoolGroup(Group[C, Pool[C], Lease[C]]):
+    """A pool for each endpoint, made when it is first asked for, all with the same parameters; and one cap over all.
+
+    ::
+
+        async with group.connection(host="10.0.0.1", port=6000) as conn:
+            ...
+
+    What :class:`gsocketpool.PoolGroup` says of its parameters holds here. A group belongs to one event loop, as a pool
+    does.
+    """
+
+    _endpoint = Endpoint
+
+    async def clear(self) -> None:
+        """:meth:`Pool.clear` of all endpoints, side by side."""
+        await self._run(self._clear)
+
+    async def close(self, timeout: float | None = None) -> None:
+        """:meth:`Pool.close` of all endpoints, side by side, and of the group.
+
+        :param timeout: as for a pool; one time for all.
+        """
+        await self._run(self._close, timeout)
+
+    async def _run(self, function: Callable[..., None], *args: object) -> None:
+        if get_running_loop() is not self._home:
+            raise PoolError(f"{self._label} was made in another event loop, and serves that one only: make one in each")
+        await _in_greenlet(function, *args)
+
+    async def __aenter__(self: G) -> G:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
