@@ -20,6 +20,7 @@ from asyncio import get_running_loop
 from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from threading import get_ident
+from time import monotonic
 from types import EllipsisType, TracebackType
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -43,6 +44,9 @@ G = TypeVar("G", bound="PoolGroup[Any]")
 #: Seconds that the upkeep sleeps at most, where nothing is due: a timer takes no infinite number.
 LONGEST_SLEEP: Final = 86_400.0
 
+#: Greenlets that a pool keeps for the next calls. Each has some 20 KB of stack.
+MOST_SPARE: Final = 100
+
 
 class Lease(Borrowing[C]):
     """What :meth:`Pool.connection` returns: borrows when the block is entered, gives back when it is left."""
@@ -63,7 +67,7 @@ class Lease(Borrowing[C]):
         else:
             self._member = NOBODY  # entered already, should another task try while this one waits
             try:
-                member = await pool._run(pool._acquire, self, 10, 0, timeout)
+                member = await pool._borrow(self, 10, 0, timeout)
             except BaseException:
                 self._member = None
                 raise
@@ -138,7 +142,7 @@ class Pool(Driver[C]):
     _lease: ClassVar[type[Lease[Any]]] = Lease
     _home_name = "event loop"
 
-    __slots__ = ("__dict__", "_context", "_jobs", "_loop", "_process", "_thread")
+    __slots__ = ("__dict__", "_context", "_jobs", "_loop", "_process", "_spare", "_thread")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -164,8 +168,7 @@ class Pool(Driver[C]):
             member.uses += 1
             member.holder = BY_HAND
             return member.connection
-        member = await self._run(self._acquire, BY_HAND, retry, retried, timeout)
-        return member.connection
+        return (await self._borrow(BY_HAND, retry, retried, timeout)).connection
 
     async def release(self, conn: C) -> None:
         """Give back what :meth:`acquire` returned.
@@ -277,12 +280,40 @@ class Pool(Driver[C]):
         self._process = os.getpid()
         self._context = contextvars.copy_context()
         self._jobs: set[_Job] = set()
+        self._spare: list[_Bridge] = []
+
+    async def _borrow(
+        self, holder: object, retry: int, retried: int, timeout: float | EllipsisType | None
+    ) -> Member[C]:
+        usual = timeout is ... and retry == 10 and retried == 0
+        limit, lenient, wait = self._usual_limit if usual else (None, False, timeout is None)
+        if not (self._brimful and self._undialled and wait and self._loop is get_running_loop()):
+            return await self._run(self._acquire, holder, retry, retried, timeout)
+        # What follows is for the commonest case where one must wait, since a greenlet would double what that costs.
+        started = monotonic()
+        place: Any = self.take(True)  # others wait, so this is a place behind them
+        waiter = place.waiter = self._loop.create_future()
+        timer = None if limit is None else self._loop.call_later(limit, _expire, waiter)
+        try:
+            await waiter
+        except BaseException:
+            self._leave(place)
+            raise
+        finally:
+            place.waiter = None
+            if timer is not None:
+                timer.cancel()
+        member: Member[C] | None = place.member
+        if member is not None and not member.cold:
+            member.holder = holder
+            return member
+        return await self._run(self._acquire_on, place, holder, limit, lenient, wait, started)
 
     async def _run(self, function: Callable[..., R], *args: object) -> R:
         """Call a method of the driver's, which may park."""
         if get_running_loop() is not self._loop:
             raise self._not_at_home()
-        return await _in_greenlet(function, *args)
+        return await _in_greenlet(self._spare, function, *args)
 
     def _not_at_home(self) -> PoolError:
         return PoolError(f"{self._label} was made in another event loop, and serves that one only: make one in each")
@@ -318,7 +349,7 @@ class Pool(Driver[C]):
         return _settled
 
     def _within(self, limit: float, function: Callable[..., R], *args: Any) -> R:
-        task = self._loop.create_task(_in_greenlet(function, *args))
+        task = self._loop.create_task(_in_greenlet(self._spare, function, *args))
         _await(asyncio.wait([task], timeout=limit))
         if not task.done():
             task.cancel()
@@ -367,27 +398,73 @@ def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any]) -> None:
         pool._spawn(stirs, pool, member)
 
 
-# The bridge: in a greenlet of these, whatever must be awaited is switched out to the greenlet's parent, which is a
+# The bridge: whatever must be awaited in a greenlet of these is switched out to the greenlet's parent, which is a
 # coroutine below, or a `_Job`; what comes of it is switched or thrown in.
 
 
-async def _in_greenlet(function: Callable[..., R], *args: object) -> R:
-    """Call it in a greenlet, and await here what it awaits there."""
-    here = getcurrent()
-    there = greenlet(function, here)
+class _Bridge:
+    """A greenlet that makes one call after another, since a new one costs twenty times as much as a switch: CPython
+    maps memory for its stack."""
+
+    __slots__ = ("args", "error", "function", "greenlet", "result")
+
+    def __init__(self) -> None:
+        self.greenlet = greenlet(self._serve)
+        self.function: Callable[..., Any] | None = None
+        self.args: tuple[object, ...] = ()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def _serve(self) -> None:
+        me = getcurrent()
+        while True:
+            function, args = self.function, self.args
+            self.args = ()
+            assert function is not None
+            try:
+                self.result = function(*args)
+            except GreenletExit:
+                raise  # this greenlet itself is being collected
+            except BaseException as error:
+                self.error = error
+            self.function = None
+            del function, args
+            assert me.parent is not None
+            me.parent.switch()
+
+
+async def _in_greenlet(spare: list[_Bridge], function: Callable[..., R], *args: object) -> R:
+    """Call it in a greenlet, and await here what it awaits there.
+
+    :param spare: bridges that nobody uses.
+    """
+    bridge = spare.pop() if spare else _Bridge()
+    bridge.function = function
+    bridge.args = args
+    there = bridge.greenlet
+    there.parent = here = getcurrent()
     there.gr_context = here.gr_context
-    del here
-    answer: Any = there.switch(*args)
-    while not there.dead:
+    awaited: Any = there.switch()
+    while bridge.function is not None:
         try:
-            answer = await answer
+            awaited = await awaited
         except BaseException as error:
             there.parent = getcurrent()
-            answer = there.throw(type(error), error, error.__traceback__)
+            awaited = there.throw(type(error), error, error.__traceback__)
         else:
             there.parent = getcurrent()
-            answer = there.switch(answer)
-    result: R = answer
+            awaited = there.switch(awaited)
+    there.gr_context = None
+    error, bridge.error = bridge.error, None
+    result: R = bridge.result
+    bridge.result = None
+    if len(spare) < MOST_SPARE:
+        spare.append(bridge)
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error  # it refers to this frame
     return result
 
 
@@ -506,7 +583,7 @@ class PoolGroup(Group[C, Pool[C], Lease[C]]):
     async def _run(self, function: Callable[..., None], *args: object) -> None:
         if get_running_loop() is not self._home:
             raise PoolError(f"{self._label} was made in another event loop, and serves that one only: make one in each")
-        await _in_greenlet(function, *args)
+        await _in_greenlet([], function, *args)
 
     async def __aenter__(self: G) -> G:
         return self

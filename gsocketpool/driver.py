@@ -416,7 +416,6 @@ class Driver(Core[C]):
         else:
             limit, lenient, wait = self._limit(retry, retried, timeout)
         started = monotonic()
-        turn = 0
         found = self.take(wait)
         if type(found) is Place and self._brimful and (limit or limit is None):
             # What follows, for the commonest case.
@@ -432,6 +431,19 @@ class Driver(Core[C]):
             if member is not None and not member.cold:
                 member.holder = holder
                 return member
+        return self._acquire_on(found, holder, limit, lenient, wait, started)
+
+    def _acquire_on(
+        self,
+        found: Member[C] | Place[C] | Sentinel,
+        holder: object,
+        limit: float | None,
+        lenient: bool,
+        wait: bool,
+        started: float,
+    ) -> Member[C]:
+        """Go on with what `take` has answered."""
+        turn = 0
         while True:
             if type(found) is Place:
                 turn = found.turn
