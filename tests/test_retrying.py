@@ -162,13 +162,13 @@ async def async_generator() -> AsyncIterator[int]:
 @pytest.mark.parametrize(
     ("thing", "why"),
     [
-        (5, "f must be a function, not 5"),
+        (5, "f must be a plain function, not 5"),
         (OSError, "exc_classes="),
         ((OSError, EOFError), "given by name"),
         (staticmethod(shout), "put @retry below @staticmethod"),
         (Client.__dict__["make"], "put @retry below @classmethod"),
         (generator, "a plain function"),
-        (coroutine, "a plain function"),
+        (coroutine, "a plain function.*gsocketpool.asyncio has a retry"),
         (async_generator, "a plain function"),
     ],
 )
