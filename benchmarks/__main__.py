@@ -10,6 +10,7 @@ import os
 import platform
 
 import gsocketpool
+from benchmarks import asyncio, threads
 from benchmarks import measure as m
 from benchmarks.peers import PEERS
 
@@ -20,6 +21,8 @@ CASES = {
     "growth": "Growth: many waiters, many idle connections",
     "endpoints": "Many endpoints",
     "kills": "The kill test",
+    "threads": "Threads: unpatched, without gevent",
+    "asyncio": "asyncio",
 }
 
 
@@ -29,7 +32,10 @@ def head() -> str:
     versions = [f"{platform.python_implementation()} {platform.python_version()}"]
     versions += [f"{name} {importlib.metadata.version(name)}" for name in ("gevent", "greenlet")]
     versions += [f"gsocketpool {gsocketpool.__version__}"]
-    versions += [f"{peer.title} {peer.version()}" for peer in PEERS.values() if peer.version()]
+    peers = {peer.distribution: peer for peers in (PEERS, threads.PEERS, asyncio.PEERS) for peer in peers.values()}
+    versions += [f"{name} {peer.version()}" for name, peer in peers.items() if peer.version()]
+    if asyncio.uvloop_there():
+        versions += [f"uvloop {importlib.metadata.version('uvloop')}"]
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
         f"{now:%Y-%m-%d %H:%M} UTC; {', '.join(versions)};"

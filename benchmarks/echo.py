@@ -10,7 +10,8 @@ from typing import Any
 import gevent
 
 from benchmarks import measure as m
-from benchmarks.peers import PEERS, opened
+from benchmarks.peer import opened
+from benchmarks.peers import PEERS
 from benchmarks.server import Server
 from gsocketpool import TcpConnection
 
@@ -70,7 +71,7 @@ def report(run: m.Run) -> None:
     """Print the table."""
     # A pool that polls is of no use here: 0.1.6 would take minutes.
     left_out = ("gsocketpool-0.1.6", "ours, for ever", "ours, patient")
-    names = ["dedicated", *run.available(name for name in PEERS if name not in left_out)]
+    names = ["dedicated", *run.available(PEERS, [name for name in PEERS if name not in left_out])]
     with Server("bytes") as at_once, Server("slow") as slow:
         ports = {"bytes": at_once.port, "slow": slow.port}
         results = run.side_by_side(

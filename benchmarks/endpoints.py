@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks import measure as m
 from benchmarks.fakes import Fake
-from benchmarks.peers import PATIENCE, opened
+from benchmarks.peer import PATIENCE, opened
+from benchmarks.peers import PEERS
 
 SIZES = (1, 10, 1000)
 
@@ -102,7 +103,7 @@ def measure(peer: str, endpoints: int, turns: int) -> m.Result:
 
 def report(run: m.Run) -> None:
     """Print the table."""
-    names = [name for name in MAKERS if name == "pools" or name in ("group", "capped") or run.available([name])]
+    names = [name for name in MAKERS if name == "pools" or name in ("group", "capped") or run.available(PEERS, [name])]
     sizes = SIZES[:2] if run.quick else SIZES
     results = run.side_by_side(
         {

@@ -19,7 +19,8 @@ import gevent.event
 
 from benchmarks import measure as m
 from benchmarks.fakes import Expired, Fake
-from benchmarks.peers import PEERS, Built
+from benchmarks.peer import Built
+from benchmarks.peers import PEERS
 
 #: The longest queue that a peer is asked for, where a longer one would take it minutes.
 LARGEST = {"lifo": 30_000}
@@ -355,7 +356,7 @@ def _report_timeouts(run: m.Run) -> None:
 
 def _report_idle(run: m.Run) -> None:
     sizes = [10, 100] if run.quick else [10, 100, 1_000, 10_000]
-    names = run.available(["gsocketpool-0.1.6", "ours"])
+    names = run.available(PEERS, ["gsocketpool-0.1.6", "ours"])
     results = run.side_by_side(
         {
             (name, n): {"case": "growth", "what": "idle", "peer": name, "size": n, "operations": _operations(run)}

@@ -111,7 +111,7 @@ def ask(connection: Any, question: bytes) -> bytes:
 
 def report(run: m.Run) -> None:
     """Print the table."""
-    names = run.available(name for name in PEERS if name not in ("floor", "ours, for ever", "ours, patient"))
+    names = run.available(PEERS, [name for name in PEERS if name not in ("floor", "ours, for ever", "ours, patient")])
     seeds = [1] if run.quick else [1, 2, 3, 4, 5]
     turns = 5 if run.quick else 20
     rows = []

@@ -8,11 +8,11 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from benchmarks.peers import PEERS, ROOT
+from benchmarks.peer import ROOT, Peer
 
 Job = dict[str, Any]
 Result = dict[str, float]
@@ -30,11 +30,11 @@ class Run:
     targets: list[tuple[str, str, str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def available(self, names: Iterable[str]) -> list[str]:
+    def available(self, peers: Mapping[str, Peer], names: Iterable[str]) -> list[str]:
         """Return those peers that can be measured here; note the others."""
         found = []
         for name in names:
-            note = PEERS[name].missing()
+            note = peers[name].missing()
             if note is None:
                 found.append(name)
             elif note not in self.notes:

@@ -12,7 +12,8 @@ import gevent.lock
 
 from benchmarks import measure as m
 from benchmarks.fakes import Fake
-from benchmarks.peers import ENDPOINT, PEERS, opened
+from benchmarks.peer import ENDPOINT, opened
+from benchmarks.peers import PEERS
 
 #: What is timed, in each pool's own words: no adapter's cost is added. ``pool`` is a local name.
 PAIR = {
@@ -49,7 +50,7 @@ def measure(peer: str, statement: str, seconds: float) -> m.Result:
 
 def report(run: m.Run) -> None:
     """Print the table."""
-    names = [name for name in PAIR if name in BARE or name in run.available([name])]
+    names = [name for name in PAIR if name in BARE or name in run.available(PEERS, [name])]
     seconds = 0.005 if run.quick else 0.1
     jobs = {
         (name, shape): {"case": "pair", "peer": name, "statement": statements[name], "seconds": seconds}

@@ -19,7 +19,7 @@ import gevent
 import gevent.os
 import gevent.server
 
-from benchmarks.peers import ROOT
+from benchmarks.peer import ROOT
 
 #: Seconds that an answer to a line takes, at most.
 DELAY = 0.003

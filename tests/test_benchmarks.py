@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import measure
+from benchmarks import asyncio as tasks
+from benchmarks import measure, runtimes, threads
 from benchmarks.peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,10 +48,54 @@ def test_a_quick_run_prints_what_it_ran_on_a_table_for_each_case_and_the_targets
     assert any("time-outs at once" in line and line.endswith(("yes", "no")) for line in targets)
 
 
+def test_a_quick_run_with_threads_and_on_asyncio_measures_every_peer_that_is_installed() -> None:
+    done = benchmarks("--quick", "threads", "asyncio")
+    assert done.returncode == 0, done.stderr
+    _head, *lines = done.stdout.splitlines()
+    for title in ("one thread, uncontended", "32 threads, 4 connections", "asyncio's loop, 200 tasks"):
+        assert any(line.startswith(title) for line in lines), f"no {title} in\n{done.stdout}"
+    for peer in (*threads.PEERS.values(), *tasks.PEERS.values()):
+        assert any(line.startswith((peer.title, f"Left out: {peer.title}")) for line in lines), peer.title
+
+
+def test_the_target_beside_peers_is_held_against_the_best_of_them_and_not_against_what_is_no_pool(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def found(turns: float, longest: float) -> list[measure.Result]:
+        return [{"turns/s": turns, "p50": 0.0, "p99": 0.0, "max": longest}]
+
+    results = {
+        "floor": found(900, 0.001),
+        "connpool": found(200, 0.9),
+        "psycopg_pool": found(100, 0.03),
+        "ours": found(400, 0.01),
+        "ours, for ever": found(500, 0.01),
+    }
+    run = measure.Run()
+    runtimes.report_turns(run, "threads", threads.PEERS, results, threads.NO_POOLS)
+    assert "gsocketpool" in capsys.readouterr().out
+    assert run.targets == [
+        ("threads, contended turns, x the best peer (connpool)", ">= 3", "2.00", "no"),
+        (
+            "threads, contended turns, of those that serve in order, x the best peer (psycopg_pool)",
+            ">= 3",
+            "4.00",
+            "yes",
+        ),
+        ("threads, contended longest wait, x the best peer (psycopg_pool)", ">= 3", "3.00", "yes"),
+    ]
+
+
+def test_the_pools_for_threads_and_asyncio_are_measured_in_processes_without_gevent() -> None:
+    code = "import sys; from benchmarks import asyncio, threads; import gsocketpool.threading, gsocketpool.asyncio"
+    code += "; sys.exit('gevent' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=55, check=False).returncode == 0
+
+
 def test_a_case_that_does_not_exist_is_refused_with_the_names_of_those_that_do() -> None:
     done = benchmarks("pear")
     assert done.returncode == 2
-    assert "no case pear; there are pair, contended, echo, growth, endpoints, kills" in done.stderr
+    assert "no case pear; there are pair, contended, echo, growth, endpoints, kills, threads, asyncio" in done.stderr
 
 
 @pytest.mark.parametrize(("cost", "power"), [(lambda n: 3 * n, 1.0), (lambda n: n * n / 7, 2.0)])
