@@ -14,27 +14,62 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import logging
 import os
+import sys
 import weakref
 from asyncio import get_running_loop
 from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from threading import get_ident
 from time import monotonic
-from types import EllipsisType, TracebackType
+from types import EllipsisType, FrameType, TracebackType
 from typing import Any, ClassVar, Final, TypeVar
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from gsocketpool.arguments import is_seconds
+from gsocketpool.budget import Budget, Quota
+from gsocketpool.connection import EndOfStreamError, LimitExceededError, Wrap, wrap
 from gsocketpool.core import BY_HAND, NOBODY, RETIRED, Member, Place
 from gsocketpool.driver import Borrowing, Driver, exception, is_ours
-from gsocketpool.exceptions import PoolError
+from gsocketpool.exceptions import (
+    BreakerOpenError,
+    ConnectionNotFoundError,
+    PoolClosedError,
+    PoolError,
+    PoolExhaustedError,
+)
 from gsocketpool.group import Endpoint as GroupEndpoint
 from gsocketpool.group import Group
+from gsocketpool.retrying import for_asyncio as retry
+from gsocketpool.stats import GroupStats, Holder, PoolStats
+from gsocketpool.streams import Connection, StreamConnection, TcpConnection, UnixConnection
 from gsocketpool.upkeep import stirs
 
-__all__ = ["Lease", "Pool", "PoolGroup"]
+__all__ = [
+    "BreakerOpenError",
+    "Budget",
+    "Connection",
+    "ConnectionNotFoundError",
+    "EndOfStreamError",
+    "GroupStats",
+    "Holder",
+    "LimitExceededError",
+    "Pool",
+    "PoolClosedError",
+    "PoolError",
+    "PoolExhaustedError",
+    "PoolGroup",
+    "PoolStats",
+    "Quota",
+    "StreamConnection",
+    "TcpConnection",
+    "UnixConnection",
+    "Wrap",
+    "retry",
+    "wrap",
+]
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -44,8 +79,13 @@ G = TypeVar("G", bound="PoolGroup[Any]")
 #: Seconds that the upkeep sleeps at most, where nothing is due: a timer takes no infinite number.
 LONGEST_SLEEP: Final = 86_400.0
 
-#: Greenlets that a pool keeps for the next calls. Each has some 20 KB of stack.
+#: Greenlets that are kept for the next calls, for all pools of a loop. Each has some 20 KB of stack.
 MOST_SPARE: Final = 100
+
+#: A greenlet that was made below so many frames is not kept.
+DEEP: Final = 100
+
+_spares: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, list[greenlet]] = weakref.WeakKeyDictionary()
 
 
 class Lease(Borrowing[C]):
@@ -142,7 +182,7 @@ class Pool(Driver[C]):
     _lease: ClassVar[type[Lease[Any]]] = Lease
     _home_name = "event loop"
 
-    __slots__ = ("__dict__", "_context", "_jobs", "_loop", "_process", "_spare", "_thread")
+    __slots__ = ("__dict__", "_context", "_jobs", "_loop", "_outside", "_process", "_spare", "_thread")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -184,6 +224,8 @@ class Pool(Driver[C]):
         if get_running_loop() is not self._loop:
             raise self._not_at_home()
         error = exception()
+        if error is not None and error is self._outside:
+            error = None
         member = self._latest
         if member.connection is conn and member.holder is BY_HAND and error is None:
             self._warm.append(member)
@@ -258,6 +300,13 @@ class Pool(Driver[C]):
     ) -> None:
         await self.close()
 
+    def _create_connection(self) -> Any:
+        """Make a connection and open it. A subclass may override this by a plain method, in which the inherited one
+        answers the connection, or by an ``async def``, in which it must be awaited."""
+        if asyncio.current_task() is None:
+            return super()._create_connection()
+        return _in_greenlet(self._spare, super()._create_connection)
+
     # What the driver asks of a runtime
 
     @classmethod
@@ -276,11 +325,14 @@ class Pool(Driver[C]):
             raise RuntimeError("no event loop is running: make the pool in a coroutine") from None
         if self._budget is not None and self._budget.settles_in(self._loop) is not self._loop:
             raise PoolError("this budget serves pools of another event loop: make one in each")
+        self._outside: BaseException | None = None
+        if exception() is not None:  # asyncio.run() in an except clause, maybe
+            self._loop.call_soon(self._look_outside)
         self._thread = get_ident()
         self._process = os.getpid()
         self._context = contextvars.copy_context()
         self._jobs: set[_Job] = set()
-        self._spare: list[_Bridge] = []
+        self._spare = _spares.setdefault(self._loop, [])
 
     async def _borrow(
         self, holder: object, retry: int, retried: int, timeout: float | EllipsisType | None
@@ -314,6 +366,9 @@ class Pool(Driver[C]):
         if get_running_loop() is not self._loop:
             raise self._not_at_home()
         return await _in_greenlet(self._spare, function, *args)
+
+    def _look_outside(self) -> None:
+        self._outside = exception()  # is being handled where the loop is run, and concerns nobody in it
 
     def _not_at_home(self) -> PoolError:
         return PoolError(f"{self._label} was made in another event loop, and serves that one only: make one in each")
@@ -349,18 +404,34 @@ class Pool(Driver[C]):
         return _settled
 
     def _within(self, limit: float, function: Callable[..., R], *args: Any) -> R:
-        task = self._loop.create_task(_in_greenlet(self._spare, function, *args))
-        _await(asyncio.wait([task], timeout=limit))
-        if not task.done():
-            task.cancel()
-            raise TimeoutError(f"not done after {limit:g} s")
-        return task.result()
+        if not isinstance(getcurrent(), _Job):  # super()._create_connection() of an `async def` has failed
+            return _await(asyncio.wait_for(_in_greenlet(self._spare, function, *args), limit))
+        _set_limit(self._loop.time() + limit)
+        try:
+            return function(*args)
+        except TimeoutError as error:
+            if not error.args:
+                error.args = (f"not done after {limit:g} s",)
+            raise
+        finally:
+            _set_limit(None)
 
     def _borrower(self) -> object:
         return asyncio.current_task() or getcurrent()
 
+    def _outer_frame(self) -> FrameType | None:
+        parent = getcurrent().parent
+        return None if parent is None else parent.gr_frame
+
     def _may_raise(self, error: BaseException) -> bool:
         return not isinstance(error, (asyncio.CancelledError, GreenletExit, GeneratorExit))
+
+    def _report(self, what: str, error: BaseException, trace: bool = True) -> None:
+        # What was merely cancelled is no news: a loop that ends cancels all.
+        if isinstance(error, Exception) and isinstance(error.__cause__, Exception | None):
+            super()._report(what, error, trace)
+        else:
+            self._say(logging.DEBUG, "%s: %s: %r", self._label, what, error)
 
     def _when_over(self, borrower: object, callback: Callable[[object], None]) -> Callable[[], object] | None:
         if not isinstance(borrower, asyncio.Future):
@@ -369,25 +440,37 @@ class Pool(Driver[C]):
         return functools.partial(borrower.remove_done_callback, callback)
 
     def _watch(self, descriptor: int, member: Member[C]) -> object:
+        watch = _Watch(descriptor)
         try:
             self._loop.add_reader(descriptor, _stirred, weakref.ref(self), member)
-            return descriptor, False
         except RuntimeError:  # a transport of the loop's has it: watch the same socket under another number
-            descriptor = os.dup(descriptor)
-            try:
-                self._loop.add_reader(descriptor, _stirred, weakref.ref(self), member)
-            except BaseException:
-                os.close(descriptor)
-                raise
-            return descriptor, True
+            watch.duplicate()
+            self._loop.add_reader(watch.descriptor, _stirred, weakref.ref(self), member)
+        return watch
 
     def _unwatch(self, watch: Any) -> None:
-        descriptor, is_mine = watch
         # What the child of a fork tells its copy of the loop, the kernel would tell the parent's.
         if os.getpid() == self._process and not self._loop.is_closed():
-            self._loop.remove_reader(descriptor)
-        if is_mine:
-            os.close(descriptor)
+            self._loop.remove_reader(watch.descriptor)
+
+
+class _Watch:
+    """The descriptor of an idle connection, or another one for the same socket, which is closed when nobody refers to
+    this any more."""
+
+    __slots__ = ("_is_mine", "descriptor")
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._is_mine = False
+
+    def duplicate(self) -> None:
+        self.descriptor = os.dup(self.descriptor)
+        self._is_mine = True
+
+    def __del__(self) -> None:
+        if self._is_mine:
+            os.close(self.descriptor)
 
 
 def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any]) -> None:
@@ -399,87 +482,112 @@ def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any]) -> None:
 
 
 # The bridge: whatever must be awaited in a greenlet of these is switched out to the greenlet's parent, which is a
-# coroutine below, or a `_Job`; what comes of it is switched or thrown in.
+# coroutine below, or the loop's callback that runs a `_Job`; what comes of it is switched or thrown in.
+#
+# No frame of a greenlet that waits for its next call may refer to the greenlet, by whichever way, since the collector
+# does not see such a circle.
 
 
-class _Bridge:
-    """A greenlet that makes one call after another, since a new one costs twenty times as much as a switch: CPython
-    maps memory for its stack."""
+class _Outcome:
+    """What came of a call: a bridge switches it out when it has ended."""
 
-    __slots__ = ("args", "error", "function", "greenlet", "result")
+    __slots__ = ("error", "result")
 
     def __init__(self) -> None:
-        self.greenlet = greenlet(self._serve)
-        self.function: Callable[..., Any] | None = None
-        self.args: tuple[object, ...] = ()
         self.result: Any = None
         self.error: BaseException | None = None
 
-    def _serve(self) -> None:
-        me = getcurrent()
-        while True:
-            function, args = self.function, self.args
-            self.args = ()
-            assert function is not None
-            try:
-                self.result = function(*args)
-            except GreenletExit:
-                raise  # this greenlet itself is being collected
-            except BaseException as error:
-                self.error = error
-            self.function = None
-            del function, args
-            assert me.parent is not None
-            me.parent.switch()
+
+def _bridge() -> None:
+    """A greenlet that makes one call after another, since a new one costs twenty times as much as a switch: CPython
+    maps memory for its stack."""
+    outcome = None
+    while True:
+        parent = getcurrent().parent
+        assert parent is not None
+        function, args = parent.switch(outcome)  # not given at the start, since a greenlet keeps that until its end
+        del parent
+        outcome = _Outcome()
+        try:
+            outcome.result = function(*args)
+        except GreenletExit:
+            raise  # it is being collected, or this is the user's own
+        except BaseException as error:
+            outcome.error = error
+        del function, args
 
 
-async def _in_greenlet(spare: list[_Bridge], function: Callable[..., R], *args: object) -> R:
+async def _in_greenlet(spare: list[greenlet], function: Callable[..., R], *args: object) -> R:
     """Call it in a greenlet, and await here what it awaits there.
 
     :param spare: bridges that nobody uses.
     """
-    bridge = spare.pop() if spare else _Bridge()
-    bridge.function = function
-    bridge.args = args
-    there = bridge.greenlet
+    is_new = not spare
+    if is_new:
+        there = greenlet(_bridge)
+        there.switch()
+    else:
+        there = spare.pop()
     there.parent = here = getcurrent()
     there.gr_context = here.gr_context
-    awaited: Any = there.switch()
-    while bridge.function is not None:
+    del here
+    answer: Any = there.switch(function, args)
+    while type(answer) is not _Outcome:
+        if there.dead:
+            raise answer  # a GreenletExit
         try:
-            awaited = await awaited
+            answer = await answer
         except BaseException as error:
             there.parent = getcurrent()
-            awaited = there.throw(type(error), error, error.__traceback__)
+            answer = there.throw(type(error), error, error.__traceback__)
         else:
             there.parent = getcurrent()
-            awaited = there.switch(awaited)
+            answer = there.switch(answer)
     there.gr_context = None
-    error, bridge.error = bridge.error, None
-    result: R = bridge.result
-    bridge.result = None
-    if len(spare) < MOST_SPARE:
-        spare.append(bridge)
+    if len(spare) < MOST_SPARE and not (is_new and _is_deep()):
+        spare.append(there)
+    error, result = answer.error, answer.result
+    answer.error = answer.result = None  # the bridge still has it at hand
     if error is not None:
+        context = error.__context__
         try:
             raise error
         finally:
-            del error  # it refers to this frame
-    return result
+            if context is not None:
+                error.__context__ = context  # not what is being handled here, further out
+            del error, context  # they refer to this frame
+    return result  # type: ignore[no-any-return]
+
+
+def _is_deep() -> bool:
+    """Whether a greenlet that was made here would be short of recursion for ever: it begins at the depth of its
+    maker."""
+    try:
+        sys._getframe(DEEP)
+    except ValueError:
+        return False
+    return True
 
 
 def _await(awaitable: Awaitable[R]) -> R:
     """Await it, from inside such a greenlet."""
     parent = getcurrent().parent
     assert parent is not None
-    result: R = parent.switch(awaitable)
-    return result
+    try:
+        return parent.switch(awaitable)  # type: ignore[no-any-return]
+    finally:
+        del awaitable  # a future keeps its error, which refers to this frame
 
 
 def _settled(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call what the user has written, and await its answer if it is of that kind."""
     answer = function(*args, **options)
-    return _await(answer) if isawaitable(answer) else answer
+    if not isawaitable(answer):
+        return answer
+    try:
+        return _await(answer)
+    finally:
+        del answer  # likewise
 
 
 def _stand(loop: asyncio.AbstractEventLoop, place: Place[Any], limit: float | None) -> None:
@@ -502,11 +610,12 @@ def _expire(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-class _Job:
+class _Job(greenlet):
     """A greenlet that callbacks of the loop run. No task: nobody can cancel what he does not know of, neither before it
-    has begun, nor between two steps. What it awaits runs in a task where it must."""
+    has begun, nor between two steps. A coroutine that it awaits runs in a task."""
 
-    __slots__ = ("_greenlet", "_jobs", "_loop", "_task")
+    #: When, by the loop's clock, it gets a TimeoutError instead of what it awaits.
+    until: float | None = None
 
     def __init__(
         self,
@@ -515,36 +624,85 @@ class _Job:
         function: Callable[..., object],
         args: tuple[object, ...],
     ) -> None:
+        """
+        :param jobs: they keep it while it waits, and nobody else does, or a future and it would keep each other.
+        """
+        super().__init__(functools.partial(function, *args))
         self._loop = loop
-        self._jobs = jobs
-        self._greenlet = greenlet(functools.partial(function, *args))
-        self._task: asyncio.Future[Any] | None = None
+        self._jobs = weakref.ref(jobs)
+        self._awaited: asyncio.Future[Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._tell = functools.partial(_tell, weakref.ref(self))
 
     def begin(self) -> None:
         """Run it, until it awaits something."""
-        self._greenlet.gr_context = contextvars.copy_context()
-        self._goes_on(self._greenlet.switch)
+        jobs = self._jobs()
+        if jobs is not None:
+            jobs.add(self)
+            del jobs
+            self.gr_context = contextvars.copy_context()
+            self._goes_on(self.switch)
 
     def _goes_on(self, resume: Callable[..., Any], *args: object) -> None:
-        self._greenlet.parent = getcurrent()
+        self.parent = getcurrent()
         awaited = resume(*args)
-        if self._greenlet.dead:
+        if self.dead:
+            jobs = self._jobs()
+            if jobs is not None:
+                jobs.discard(self)
             return
         if not asyncio.isfuture(awaited):
-            # The loop itself refers to a task by a weak reference.
-            awaited = self._task = self._loop.create_task(_awaits(awaited))
-            self._jobs.add(self)
-        awaited.add_done_callback(self._has_come)
+            # Not wrapped where it need not be: who is cancelled before his first step begins nothing.
+            awaited = self._loop.create_task(awaited if asyncio.iscoroutine(awaited) else _awaits(awaited))
+        self._awaited = awaited  # the loop itself refers to a task by a weak reference
+        awaited.add_done_callback(self._tell)
+        if self.until is not None:
+            self._timer = self._loop.call_at(self.until, self._is_late)
 
-    def _has_come(self, awaited: asyncio.Future[Any]) -> None:
-        self._task = None
-        self._jobs.discard(self)
-        if awaited.cancelled():
-            self._goes_on(self._greenlet.throw, asyncio.CancelledError)
-        elif (error := awaited.exception()) is not None:
-            self._goes_on(self._greenlet.throw, type(error), error, error.__traceback__)
-        else:
-            self._goes_on(self._greenlet.switch, awaited.result())
+    def has_come(self, awaited: asyncio.Future[Any]) -> None:
+        """What it awaits is there."""
+        self._awaited = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        error = asyncio.CancelledError() if awaited.cancelled() else awaited.exception()
+        if error is None:
+            self._goes_on(self.switch, awaited.result())
+            return
+        try:
+            self._goes_on(self.throw, type(error), error, error.__traceback__)
+        except (KeyboardInterrupt, SystemExit) as same:
+            if same is not error:  # else the task has raised it already, out of the loop
+                raise
+        finally:
+            del error  # it refers to this frame
+
+    def _is_late(self) -> None:
+        awaited, self._awaited, self._timer = self._awaited, None, None
+        assert awaited is not None
+        awaited.remove_done_callback(self._tell)
+        awaited.add_done_callback(_ignore)
+        awaited.cancel()
+        self._goes_on(self.throw, TimeoutError)
+
+
+def _tell(ref: weakref.ref[_Job], awaited: asyncio.Future[Any]) -> None:
+    job = ref()
+    if job is not None:
+        job.has_come(awaited)
+
+
+def _ignore(future: asyncio.Future[Any]) -> None:
+    """Its error concerns nobody any more, and asyncio need not print it."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _set_limit(until: float | None) -> None:
+    """Of the job that is running."""
+    job = getcurrent()
+    assert isinstance(job, _Job)
+    job.until = until
 
 
 async def _awaits(awaitable: Awaitable[R]) -> R:
@@ -583,7 +741,7 @@ class PoolGroup(Group[C, Pool[C], Lease[C]]):
     async def _run(self, function: Callable[..., None], *args: object) -> None:
         if get_running_loop() is not self._home:
             raise PoolError(f"{self._label} was made in another event loop, and serves that one only: make one in each")
-        await _in_greenlet([], function, *args)
+        await _in_greenlet(_spares.setdefault(get_running_loop(), []), function, *args)
 
     async def __aenter__(self: G) -> G:
         return self

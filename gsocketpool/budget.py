@@ -129,10 +129,11 @@ class Budget:
 
     def _change(self, how: Callable[[], object]) -> None:
         """Change what it allows, and have whoever waits served."""
-        for pool in list(self._pools.values())[:1]:
-            driver: Any = pool
-            driver._change_budget(how)
-            return
+        for ref in self._pools.valuerefs():  # a copy: pools may come and go in other threads
+            driver: Any = ref()
+            if driver is not None:
+                driver._change_budget(how)
+                return
         how()
 
     # What a pool's core tells it and asks.

@@ -15,13 +15,13 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from gsocketpool.arguments import is_int, seconds, whole_number
+from gsocketpool.sockets import GeventSockets
 
 if TYPE_CHECKING:
     # At run time only where TLS is used: gevent's monkey patching warns of an `ssl` that is in use already.
@@ -47,6 +47,9 @@ _Socket = socket.socket  # `socket` is a property in the classes below
 #: A place to connect to: address family, protocol number, address as ``connect()`` takes it, and its name in errors.
 _Place = tuple[int, int, Any, str]
 
+#: The addresses that could not be connected to, each with why, and the error.
+_Failures = list[tuple[str, OSError]]
+
 _READ_SIZE = 8192  # asked for at once where nobody knows how much is to come
 _READ_AT_MOST = 256 * 1024  # asked for at once where it is known: recv() allocates all of it beforehand
 
@@ -58,16 +61,17 @@ class Connection:
     no ``__init__`` to call and no attribute, so that extension types, and classes with a ``__getattr__`` of their own,
     can inherit it beside anything else.
 
-    A pool calls these methods and no others, and tells connections apart by identity alone.
+    A pool calls these methods and no others, and tells connections apart by identity alone. What they return is typed
+    as ``object`` where a pool of :mod:`gsocketpool.asyncio` takes an ``async`` method too.
     """
 
     __slots__ = ()
 
-    def open(self) -> None:
+    def open(self) -> object:
         """Open the connection. A pool calls it once, in a greenlet of its own, and raises what it raises."""
         raise NotImplementedError(f"{type(self).__qualname__} does not define open()")
 
-    def close(self) -> None:
+    def close(self) -> object:
         """Close the connection. A pool calls it once, and logs what it raises."""
         raise NotImplementedError(f"{type(self).__qualname__} does not define close()")
 
@@ -89,7 +93,7 @@ class Connection:
         """Return the raw connection, for users: by default the connection itself. A pool never calls it."""
         return self
 
-    def reconnect(self) -> None:
+    def reconnect(self) -> object:
         """Close the connection if it is connected, then open it. A pool never calls it.
 
         An :exc:`Exception` on the way is logged under ``gsocketpool`` and not raised, as it always was here:
@@ -102,8 +106,9 @@ class Connection:
         except Exception:
             # Its class alone, since a repr is the user's code, and might rely on the connection.
             logger.exception("cannot reconnect a %s", type(self).__qualname__)
+        return None
 
-    def check(self) -> bool:
+    def check(self) -> object:
         """Return whether the connection can be lent: by default :meth:`is_connected`. Must not block.
 
         A pool asks before it lends a connection that idled longer than ``check_after_idle``, and when something can be
@@ -111,13 +116,13 @@ class Connection:
         """
         return self.is_connected()
 
-    def reset(self) -> None:
+    def reset(self) -> object:
         """Make the connection ready for its next borrower: by default nothing is done.
 
         A pool calls it on release, before anybody else can get the connection. An exception discards the connection.
         """
 
-    def keepalive(self) -> bool:
+    def keepalive(self) -> object:
         """Make sure that neither the peer nor anything on the way gives the connection up: by default :meth:`check`.
 
         A pool with ``keepalive`` calls it on idle connections, in a greenlet of its own: it may wait for the peer's
@@ -168,6 +173,16 @@ class Wrap(Generic[C]):
         return self.open(**options)
 
 
+@overload
+def wrap(
+    open: Callable[..., Awaitable[C]],
+    close: Callable[[C], object] = _close_it,
+    check: Callable[[C], object] | None = None,
+    reset: Callable[[C], object] | None = None,
+    keepalive: Callable[[C], object] | None = None,
+    fileno: Callable[[C], int | None] | None = None,
+) -> Wrap[C]: ...
+@overload
 def wrap(
     open: Callable[..., C],
     close: Callable[[C], object] = _close_it,
@@ -175,14 +190,23 @@ def wrap(
     reset: Callable[[C], object] | None = None,
     keepalive: Callable[[C], object] | None = None,
     fileno: Callable[[C], int | None] | None = None,
-) -> Wrap[C]:
+) -> Wrap[C]: ...
+def wrap(
+    open: Callable[..., Any],
+    close: Callable[[Any], object] = _close_it,
+    check: Callable[[Any], object] | None = None,
+    reset: Callable[[Any], object] | None = None,
+    keepalive: Callable[[Any], object] | None = None,
+    fileno: Callable[[Any], int | None] | None = None,
+) -> Wrap[Any]:
     """Say how to pool objects that are no :class:`Connection`.
 
     ::
 
         pool = Pool(wrap(lambda: psycopg.connect(dsn), check=lambda c: not c.closed, reset=lambda c: c.rollback()))
 
-    The pool lends the very objects that ``open`` returns, and has their type, here ``Pool[psycopg.Connection]``.
+    The pool lends the very objects that ``open`` returns, and has their type, here ``Pool[psycopg.Connection]``. For a
+    pool of :mod:`gsocketpool.asyncio` each function but ``fileno`` may be an ``async`` one.
 
     :param open: called with the pool's ``options``; returns a new object, open and ready for use.
     :param close: called with the object when its time is over. By default its own ``close()``.
@@ -208,8 +232,8 @@ class LimitExceededError(ConnectionError):
     """The peer sent more than ``recv_until()`` was to accept."""
 
 
-class StreamConnection(Connection):
-    """A byte stream over a socket: what :class:`TcpConnection` and :class:`UnixConnection` share."""
+class _Stream(Connection):
+    """What streams of all runtimes share: nothing here waits."""
 
     _endpoint: str  # the peer's name in errors
 
@@ -227,47 +251,6 @@ class StreamConnection(Connection):
         self._unready: _Socket | None = None  # what it is connecting
 
     # Open and closed
-
-    def open(self) -> None:
-        """Connect to the peer. If that fails, takes too long or is killed, nothing is left behind.
-
-        It may take ``connect_timeout`` seconds, or ``timeout`` where that is not given. Each address gets its share of
-        the time that is left, so that one that does not answer leaves some for the others.
-
-        :raises TimeoutError: if it takes longer.
-        :raises OSError: if no address can be connected to: an error of the last one's type that names them all.
-        :raises RuntimeError: if the connection is open, or being opened.
-        """
-        if self._sock is not None:
-            raise RuntimeError(f"{self!r} is open already: close() it before you open() it again")
-        if self._attempt is not None:
-            raise RuntimeError(f"{self!r} is being opened already")
-        attempt = self._attempt = object()
-        try:
-            sock, tls = self._dial()
-        except BaseException:
-            if self._attempt is attempt:
-                self._attempt = None
-            raise
-        finally:
-            self._unready = None
-        if self._attempt is not attempt:
-            sock.close()
-            raise ConnectionAbortedError(f"the connection to {self._endpoint} was closed while it was being opened")
-        self._attempt = None
-        self._sock, self._tls = sock, tls
-        self._opened_at = monotonic()
-
-    def close(self) -> None:
-        """Close the socket, without waiting for anything. If it is closed already, nothing is done.
-
-        Calls off an :meth:`open` under way, which then raises :exc:`ConnectionAbortedError`.
-        """
-        sock = self._sock
-        self._sock = self._tls = self._attempt = None
-        self._buffer.clear()
-        if sock is not None:
-            sock.close()
 
     def is_connected(self) -> bool:
         """Return whether the connection was opened here and not yet closed here; a peer may be gone: :meth:`check`."""
@@ -306,14 +289,19 @@ class StreamConnection(Connection):
         import ssl
 
         timeout = tls.gettimeout()
-        tls.settimeout(0)
+        tls.setblocking(False)
         try:
             self._buffer += tls.recv(_READ_SIZE)
             return False
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return True
         finally:
+            tls.setblocking(True)  # eventlet's sockets need to be told
             tls.settimeout(timeout)
+
+    def _peek(self, sock: _Socket) -> bytes:
+        """Return one byte that has arrived, from below TLS, and leave it there; BlockingIOError if none has."""
+        raise NotImplementedError
 
     def fileno(self) -> int | None:
         """Return the socket's descriptor, also while it is being connected; None if there is no socket."""
@@ -339,126 +327,38 @@ class StreamConnection(Connection):
         """Return :attr:`socket`."""
         return self.socket
 
-    def send(self, data: bytes | bytearray | memoryview) -> int:
-        """Send all of ``data``.
-
-        If it fails or is interrupted, any part of ``data`` may have been sent: close such a connection.
-
-        :param data: bytes, or any other object with a contiguous buffer.
-        :returns: how many bytes were sent: all.
-        :raises TypeError: if ``data`` is a ``str``, or anything else without a buffer.
-        :raises TimeoutError: if the peer took none of it for ``timeout`` seconds, or the rest not in as many more.
-        :raises ConnectionError: if the connection is not open, or broken.
-        """
-        sock = self._sock
-        if sock is None:
-            raise self._not_open()
-        view = data if type(data) is bytes else _view(data)
-        size = len(view)
-        if size:
-            try:
-                sent = sock.send(view)  # all of it as a rule, and with less ado than sendall()
-                if sent < size:
-                    sock.sendall(memoryview(view)[sent:])
-            except TimeoutError as error:
-                raise self._timed_out(f"did not take {size} bytes", sock, error) from error
-        return size
-
-    def recv(self, size: int = 1024) -> bytes:
-        """Receive what has come, one byte at least. ``b""`` means that the peer has ended the stream.
-
-        :param size: most bytes to return, at least 1.
-        :raises TimeoutError: if nothing came for ``timeout`` seconds.
-        :raises ConnectionError: if the connection is not open, or broken.
-        """
-        whole_number("size", size, 1)
-        if self._buffer:
-            return self._take(size)
-        return self._receive(size)
-
-    def recv_exactly(self, n: int) -> bytes:
-        """Receive ``n`` bytes. What follows them is left in the socket.
-
-        What had come when it fails is not lost: the next receiving call returns it.
-
-        :param n: how many, 0 or more.
-        :raises EndOfStreamError: if the peer ended the stream before.
-        :raises TimeoutError: if nothing came for ``timeout`` seconds.
-        :raises ConnectionError: if the connection is not open, or broken.
-        """
-        whole_number("n", n, 0)
-        if self._sock is None:
-            raise self._not_open()
-        buffer = self._buffer
-        while len(buffer) < n:
-            data = self._receive(min(n - len(buffer), _READ_AT_MOST))
-            if len(data) == n:
-                return data  # in one piece, as usual
-            if not data:
-                raise self._ended(f"{len(buffer)} of {n} bytes")
-            buffer += data
-        return self._take(n)
-
-    def recv_until(self, sep: bytes | bytearray, limit: int = 65536) -> bytes:
-        r"""Receive up to the next ``sep``, and return what came before it, without it.
-
-        What came after it is kept for the next receiving call; until then :meth:`check` is False. What had come when it
-        fails is not lost either.
-
-        :param sep: what ends the message, ``b"\r\n"`` for instance.
-        :param limit: most bytes to accept before ``sep``.
-        :raises LimitExceededError: if ``limit`` bytes came without a ``sep`` after them.
-        :raises EndOfStreamError: if the peer ended the stream before.
-        :raises TimeoutError: if nothing came for ``timeout`` seconds.
-        :raises ConnectionError: if the connection is not open, or broken.
-        """
-        if not isinstance(sep, (bytes, bytearray)):
-            raise TypeError(f"sep must be bytes, not {sep!r}")
-        if not sep:
-            raise ValueError("sep must not be empty")
-        whole_number("limit", limit, 1)
-        if self._sock is None:
-            raise self._not_open()
-        buffer = self._buffer
-        searched = 0  # no separator begins before
-        while True:
-            at = buffer.find(sep, searched)
-            if at > limit or (at < 0 and len(buffer) >= limit + len(sep)):
-                raise LimitExceededError(f"{self._endpoint} sent more than {limit} bytes without {bytes(sep)!r}")
-            if at >= 0:
-                message = self._take(at)
-                del buffer[: len(sep)]
-                return message
-            searched = max(0, len(buffer) - len(sep) + 1)
-            data = self._receive(_READ_SIZE)
-            if not data:
-                raise self._ended(f"{len(buffer)} bytes without {bytes(sep)!r}")
-            buffer += data
-
-    def _receive(self, size: int) -> bytes:
-        sock = self._sock
-        if sock is None:
-            raise self._not_open()
-        try:
-            return sock.recv(size)
-        except TimeoutError as error:
-            raise self._timed_out("sent nothing", sock, error) from error
-
-    def _take(self, size: int) -> bytes:
-        taken = bytes(self._buffer[:size])
-        del self._buffer[:size]
+    def _take(self, buffer: bytearray, size: int) -> bytes:
+        taken = bytes(buffer[:size])
+        del buffer[:size]
         return taken
+
+    def _take_message(self, buffer: bytearray, sep: bytes | bytearray, limit: int, searched: int) -> bytes | None:
+        """Take what comes before ``sep``, and ``sep`` with it; None if more has to come.
+
+        :param searched: no separator begins before.
+        """
+        at = buffer.find(sep, searched)
+        if at > limit or (at < 0 and len(buffer) >= limit + len(sep)):
+            raise LimitExceededError(f"{self._endpoint} sent more than {limit} bytes without {bytes(sep)!r}")
+        if at < 0:
+            return None
+        message = self._take(buffer, at)
+        del buffer[: len(sep)]
+        return message
 
     def _not_open(self) -> ConnectionError:
         return ConnectionError(f"{self!r} is not open: call open() first")
 
+    def _closed_meanwhile(self, doing: str) -> ConnectionAbortedError:
+        return ConnectionAbortedError(f"the connection to {self._endpoint} was closed while it was {doing}")
+
     def _ended(self, after: str) -> EndOfStreamError:
         return EndOfStreamError(f"{self._endpoint} ended the stream after {after}")
 
-    def _timed_out(self, what: str, sock: _Socket, error: TimeoutError) -> TimeoutError:
+    def _timed_out(self, what: str, seconds: float | None, error: TimeoutError) -> TimeoutError:
         if error.errno is not None:
             return TimeoutError(error.errno, f"{self._endpoint}: {error.strerror}")  # the kernel gave the peer up
-        return TimeoutError(f"{self._endpoint} {what} within {sock.gettimeout()} s")
+        return TimeoutError(f"{self._endpoint} {what} within {seconds} s")
 
     def __repr__(self) -> str:
         state = "closed" if self._sock is None else "open" if self._tls is None else "open, TLS"
@@ -466,143 +366,51 @@ class StreamConnection(Connection):
 
     # Dialling
 
-    def _resolve(self, seconds: float | None) -> list[_Place]:
-        """Return the places to try, in order."""
-        raise NotImplementedError
+    def _begin(self) -> object:
+        """Return what stands for an ``open()`` that begins."""
+        if self._sock is not None:
+            raise RuntimeError(f"{self!r} is open already: close() it before you open() it again")
+        if self._attempt is not None:
+            raise RuntimeError(f"{self!r} is being opened already")
+        attempt = self._attempt = object()
+        return attempt
+
+    def _finish(self, attempt: object, sock: _Socket, tls: ssl.SSLSocket | None) -> None:
+        """End the ``open()`` that has opened these, unless a ``close()`` has called it off."""
+        if self._attempt is attempt:
+            self._opened_at = monotonic()
+            self._buffer = bytearray()
+            self._sock, self._tls = sock, tls
+            # Once more, since another thread may close() at any moment: either it has seen the socket, or this sees it.
+            if self._attempt is attempt:
+                return
+            self._sock = self._tls = None
+        sock.close()
+        raise self._closed_meanwhile("being opened")
 
     def _prepare(self, sock: _Socket) -> None:
         """Set up a socket that is to connect."""
-
-    def _reach(self, sock: _Socket, address: Any, deadline: float | None) -> None:
-        """Connect the socket."""
-        sock.connect(address)
-
-    def _secure(self, sock: _Socket, deadline: float | None) -> ssl.SSLSocket | None:
-        """Set up TLS on a socket that has connected, if it is wanted."""
-        return None
 
     def _allowance(self) -> tuple[float | None, float | None]:
         """Return how many seconds a dial may take, and when that is over."""
         seconds = self._timeout if self._connect_timeout is None else self._connect_timeout
         return seconds, None if seconds is None else monotonic() + seconds
 
-    def _dial(self) -> tuple[_Socket, ssl.SSLSocket | None]:
-        seconds, deadline = self._allowance()
-        places = self._resolve(seconds)
-        failures: list[tuple[str, OSError]] = []
-        for done, (family, proto, address, name) in enumerate(places):
-            share = None if deadline is None else (deadline - monotonic()) / (len(places) - done)
-            if share is not None and share <= 0:
-                break
-            try:
-                return self._connect(family, proto, address, share)
-            except OSError as error:
-                failures.append((f"{name}: {_reason(error, share)}", error))
+    def _cannot_connect(self, failures: _Failures, seconds: float | None, deadline: float | None) -> OSError:
+        """Return the error for a dial that failed at each of its addresses."""
         late = f" within {seconds:g} s" if deadline is not None and monotonic() >= deadline else ""
         tried = "; ".join(text for text, _ in failures) or ("no time was left to try" if late else "it has no address")
         message = f"cannot connect to {self._endpoint}{late} ({tried})"
         for (_, earlier), (_, later) in itertools.pairwise(failures):
             later.__context__ = earlier
         last = failures[-1][1] if failures else None
-        try:
-            raise (TimeoutError(message) if late else _alike(last, message)) from last
-        finally:
-            # An error refers to this frame. If the frame referred to errors, all of it would wait for the collector.
-            del failures, last
-
-    def _connect(
-        self, family: int, proto: int, address: Any, seconds: float | None
-    ) -> tuple[_Socket, ssl.SSLSocket | None]:
-        deadline = None if seconds is None else monotonic() + seconds
-        sock = self._unready = self._new_socket(family, proto)
-        try:
-            with self._time_limit(seconds):
-                sock.settimeout(seconds)
-                self._prepare(sock)
-                self._reach(sock, address, deadline)
-                tls = self._secure(sock, deadline)
-        except BaseException:
-            sock.close()
-            raise
-        sock = sock if tls is None else tls
-        sock.settimeout(self._timeout)
-        return sock, tls
-
-    # What a runtime brings: here gevent's, imported where it is used, so that others need not load it
-
-    def _new_socket(self, family: int, proto: int) -> _Socket:
-        """Return a new stream socket."""
-        from gevent import socket as gevent_socket
-
-        sock: _Socket = gevent_socket.socket(family, socket.SOCK_STREAM, proto)
-        return sock
-
-    def _getaddrinfo(self, host: str, port: int) -> list[tuple[Any, ...]]:
-        """Look a name up, and let others run meanwhile."""
-        from gevent import socket as gevent_socket
-
-        found: list[tuple[Any, ...]] = gevent_socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        return found
-
-    def _time_limit(self, seconds: float | None) -> AbstractContextManager[Any]:
-        """Return a context manager that raises TimeoutError in its block after ``seconds``, wherever that waits.
-
-        A runtime that cannot do that returns a null context: only a look-up has no timeout of its own.
-        """
-        from gevent import Timeout
-
-        limit: AbstractContextManager[Any] = Timeout(seconds, TimeoutError)
-        return limit
-
-    def _sleep(self, seconds: float) -> None:
-        """Let others run for a while."""
-        from gevent import sleep
-
-        sleep(seconds)
-
-    def _wrap_tls(self, sock: _Socket, context: ssl.SSLContext, server_hostname: str) -> ssl.SSLSocket:
-        """Return a TLS socket that has taken over the descriptor of ``sock``; its handshake is still to be done."""
-        from gevent import ssl as gevent_ssl
-
-        # Not context.wrap_socket(): with the standard library's context that is a socket that blocks all greenlets.
-        tls: ssl.SSLSocket = gevent_ssl.SSLSocket(
-            sock=sock, server_hostname=server_hostname, do_handshake_on_connect=False, _context=context
-        )
-        return tls
-
-    def _peek(self, sock: _Socket) -> bytes:
-        """Return one byte that has arrived, from below TLS, and leave it there. Never waits.
-
-        :raises BlockingIOError: if none has arrived.
-        """
-        # gevent's recv() waits where the socket under it, which does not block, says at once that there is nothing.
-        arrived: bytes = sock._sock.recv(1, socket.MSG_PEEK)  # type: ignore[attr-defined,unused-ignore]
-        return arrived
+        error = TimeoutError(message) if late else _alike(last, message)
+        error.__cause__ = last
+        return error
 
 
-class TcpConnection(StreamConnection):
-    """A TCP connection, over IPv4 or IPv6, with TLS if wanted.
-
-    Every address that ``host`` resolves to is tried, in the resolver's order. A connection can be opened again after it
-    was closed.
-
-    :param host: name or address of the server.
-    :param port: its port.
-    :param lifetime: seconds after which the connection counts as expired; None: never.
-    :param timeout: seconds that one wait for the peer may take while sending or receiving; None or 0: no limit.
-    :param connect_timeout: seconds for all of :meth:`open`: look-up, connect and TLS handshake; None: ``timeout``.
-    :param tls: True: verify the server's certificate, and that it is for ``server_hostname``, against the system's
-        authorities (one :func:`ssl.create_default_context` for all connections). An :class:`ssl.SSLContext`, the
-        standard library's or gevent's, is used as it is. None or False: no TLS.
-    :param server_hostname: the server's name for TLS; None: ``host``.
-    :param nodelay: send small pieces at once (``TCP_NODELAY``).
-    :param tcp_keepalive: have the kernel probe a connection on which nothing arrives, so that a peer that vanished is
-        noticed, and nothing on the way forgets the connection. Whole seconds: how long it must be silent, and how long
-        from probe to probe; or a tuple ``(silent, between, probes)``. True: as the system is set up (on Linux after two
-        hours). None or False: not at all.
-    :param source_address: ``(host, port)`` to connect from, as in :func:`socket.create_connection`.
-    :raises TypeError, ValueError: if a parameter is wrong, naming it.
-    """
+class _Tcp(_Stream):
+    """Where a TCP connection leads, and how."""
 
     def __init__(
         self,
@@ -638,62 +446,12 @@ class TcpConnection(StreamConnection):
             _port("the port of source_address", source_address[1])
         self._source_address = source_address
 
-    def start_tls(self, context: bool | ssl.SSLContext = True, server_hostname: str | None = None) -> None:
-        """Go on with TLS on the open connection, as protocols with a ``STARTTLS`` command do.
-
-        It may take as long as :meth:`open`. If it fails, the connection is closed.
-
-        :param context: as the constructor's ``tls``.
-        :param server_hostname: as the constructor's; None: the one that was given there.
-        :raises ConnectionError: if the connection is not open, or bytes have arrived after the server's reply: somebody
-            on the way may have put them there, to be taken for the server's words under TLS.
-        :raises RuntimeError: if TLS runs on it already.
-        :raises TimeoutError: if it takes too long.
-        :raises OSError: if the handshake fails, an ``ssl.SSLError`` if TLS says so.
-        """
-        name = self._server_hostname if server_hostname is None else _host("server_hostname", server_hostname)
-        tls_context = _tls_context("context", context, name)
-        if tls_context is None:
-            raise TypeError(f"context must be True or an ssl.SSLContext, not {context!r}")
-        sock = self.socket
-        if self._tls is not None:
-            raise RuntimeError(f"{self!r} has started TLS already")
-        seconds, deadline = self._allowance()
-        try:
-            if self._buffer or not self._nothing_arrived(sock):
-                raise ConnectionError(f"bytes from {self._endpoint} have arrived before the TLS handshake: not trusted")
-            with self._time_limit(seconds):
-                # From here on close() has to close the new socket: it has taken over the descriptor.
-                self._sock = self._tls = tls = self._wrap_tls(sock, tls_context, name)
-                _shake_hands(tls, deadline)
-            tls.settimeout(self._timeout)
-        except BaseException as error:
-            self.close()
-            if not isinstance(error, OSError):
-                raise
-            if isinstance(error, TimeoutError) and error.errno is None:
-                raise TimeoutError(f"no TLS with {self._endpoint} within {seconds:g} s") from error
-            raise _alike(error, f"no TLS with {self._endpoint}: {_reason(error)}") from error
-
-    def _nothing_arrived(self, sock: _Socket) -> bool:
-        try:
-            return not self._peek(sock)  # the end of the stream is the handshake's to report
-        except BlockingIOError:
-            return True
-
-    def _resolve(self, seconds: float | None) -> list[_Place]:
-        place = _literal(self._host, self._port)
-        if place is not None:
-            return [place]
-        try:
-            with self._time_limit(seconds):
-                found = self._getaddrinfo(self._host, self._port)
-        except OSError as error:
-            message = f"cannot connect to {self._endpoint}"
-            if isinstance(error, TimeoutError) and error.errno is None:
-                raise TimeoutError(f"{message} within {seconds:g} s (still looking up the name)") from error
-            raise _alike(error, f"{message} (looking up the name: {_reason(error)})") from error
-        return [(family, proto, address, str(address[0])) for family, _, proto, _, address in found]
+    def _unknown_name(self, error: OSError, seconds: float | None) -> OSError:
+        """Return the error for a look-up that failed."""
+        message = f"cannot connect to {self._endpoint}"
+        if isinstance(error, TimeoutError) and error.errno is None:
+            return TimeoutError(f"{message} within {seconds:g} s (still looking up the name)")
+        return _alike(error, f"{message} (looking up the name: {_reason(error)})")
 
     def _prepare(self, sock: _Socket) -> None:
         for option in self._options:
@@ -701,30 +459,44 @@ class TcpConnection(StreamConnection):
         if self._source_address is not None:
             sock.bind(self._source_address)
 
-    def _secure(self, sock: _Socket, deadline: float | None) -> ssl.SSLSocket | None:
+    def _vet(self, sock: _Socket) -> None:
         if sock.getsockname() == sock.getpeername():
             # Where nobody listens, the kernel can connect a socket to itself, if it happens to give it that very port.
             raise ConnectionRefusedError(f"nobody listens on port {self._port}, the socket met itself")
-        if self._context is None:
-            return None
-        self._unready = tls = self._wrap_tls(sock, self._context, self._server_hostname)
+
+    # TLS on an open connection
+
+    def _tls_to_start(
+        self, context: bool | ssl.SSLContext, server_hostname: str | None
+    ) -> tuple[ssl.SSLContext, str, _Socket]:
+        """Return what ``start_tls()`` needs."""
+        name = self._server_hostname if server_hostname is None else _host("server_hostname", server_hostname)
+        tls_context = _tls_context("context", context, name)
+        if tls_context is None:
+            raise TypeError(f"context must be True or an ssl.SSLContext, not {context!r}")
+        sock = self.socket
+        if self._tls is not None:
+            raise RuntimeError(f"{self!r} has started TLS already")
+        return tls_context, name, sock
+
+    def _trust_no_bytes(self, sock: _Socket) -> None:
+        """Refuse bytes that have arrived before TLS. The end of the stream is the handshake's to report."""
         try:
-            _shake_hands(tls, deadline)
-        except BaseException:
-            tls.close()
-            raise
-        return tls
+            arrived = bool(self._buffer or self._peek(sock))
+        except BlockingIOError:
+            return
+        if arrived:
+            raise ConnectionError(f"bytes from {self._endpoint} have arrived before the TLS handshake: not trusted")
+
+    def _no_tls(self, error: OSError, seconds: float | None) -> OSError:
+        """Return the error for a ``start_tls()`` that failed."""
+        if isinstance(error, TimeoutError) and error.errno is None:
+            return TimeoutError(f"no TLS with {self._endpoint} within {seconds:g} s")
+        return _alike(error, f"no TLS with {self._endpoint}: {_reason(error)}")
 
 
-class UnixConnection(StreamConnection):
-    """A connection over a Unix domain socket. It can be opened again after it was closed.
-
-    :param path: path of the socket; or a name that begins with a zero byte, in Linux' abstract namespace.
-    :param lifetime: seconds after which the connection counts as expired; None: never.
-    :param timeout: seconds that one wait for the peer may take while sending or receiving; None or 0: no limit.
-    :param connect_timeout: seconds for :meth:`open`; None: ``timeout``.
-    :raises TypeError, ValueError: if a parameter is wrong, naming it.
-    """
+class _Unix(_Stream):
+    """Where a connection over a Unix socket leads."""
 
     def __init__(
         self,
@@ -741,6 +513,296 @@ class UnixConnection(StreamConnection):
         if not self._path:
             raise ValueError("path must not be empty")
         self._endpoint = os.fsdecode(self._path).replace("\0", "@", 1)
+
+
+class StreamConnection(GeventSockets, _Stream):
+    """A byte stream over a socket: what :class:`TcpConnection` and :class:`UnixConnection` share."""
+
+    _endpoint: str  # the peer's name in errors
+
+    # Open and closed
+
+    def open(self) -> None:
+        """Connect to the peer. If that fails, takes too long or is killed, nothing is left behind.
+
+        It may take ``connect_timeout`` seconds, or ``timeout`` where that is not given. Each address gets its share of
+        the time that is left, so that one that does not answer leaves some for the others.
+
+        :raises TimeoutError: if it takes longer.
+        :raises OSError: if no address can be connected to: an error of the last one's type that names them all.
+        :raises RuntimeError: if the connection is open, or being opened.
+        """
+        attempt = self._begin()
+        try:
+            sock, tls = self._dial()
+        except BaseException:
+            if self._attempt is attempt:
+                self._attempt = None
+            raise
+        finally:
+            self._unready = None
+        self._finish(attempt, sock, tls)
+
+    def close(self) -> None:
+        """Close the socket, without waiting for anything. If it is closed already, nothing is done.
+
+        Calls off an :meth:`open` under way, which then raises :exc:`ConnectionAbortedError`; so does whoever waits in
+        another method.
+        """
+        self._attempt = None
+        sock = self._sock
+        self._sock = self._tls = None
+        self._buffer = bytearray()  # not cleared: another thread may be taking from it
+        if sock is not None:
+            self._hang_up(sock)
+
+    # Use
+
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        """Send all of ``data``.
+
+        If it fails or is interrupted, any part of ``data`` may have been sent: close such a connection.
+
+        :param data: bytes, or any other object with a contiguous buffer.
+        :returns: how many bytes were sent: all.
+        :raises TypeError: if ``data`` is a ``str``, or anything else without a buffer.
+        :raises TimeoutError: if the peer took none of it for ``timeout`` seconds, or the rest not in as many more.
+        :raises ConnectionError: if the connection is not open, or broken.
+        """
+        sock = self._sock
+        if sock is None:
+            raise self._not_open()
+        view = data if type(data) is bytes else _view(data)
+        size = len(view)
+        if size:
+            try:
+                sent = sock.send(view)  # all of it as a rule, and with less ado than sendall()
+                if sent < size:
+                    sock.sendall(memoryview(view)[sent:])
+            except OSError as error:
+                self._explain(error, sock, f"did not take {size} bytes")
+                raise
+        return size
+
+    def recv(self, size: int = 1024) -> bytes:
+        """Receive what has come, one byte at least. ``b""`` means that the peer has ended the stream.
+
+        :param size: most bytes to return, at least 1.
+        :raises TimeoutError: if nothing came for ``timeout`` seconds.
+        :raises ConnectionError: if the connection is not open, or broken.
+        """
+        whole_number("size", size, 1)
+        sock = self._sock
+        if sock is None:
+            raise self._not_open()
+        if self._buffer:
+            return self._take(self._buffer, size)
+        return self._receive(sock, size)
+
+    def recv_exactly(self, n: int) -> bytes:
+        """Receive ``n`` bytes. What follows them is left in the socket.
+
+        What had come when it fails is not lost: the next receiving call returns it.
+
+        :param n: how many, 0 or more.
+        :raises EndOfStreamError: if the peer ended the stream before.
+        :raises TimeoutError: if nothing came for ``timeout`` seconds.
+        :raises ConnectionError: if the connection is not open, or broken.
+        """
+        whole_number("n", n, 0)
+        sock, buffer = self._sock, self._buffer
+        if sock is None:
+            raise self._not_open()
+        while len(buffer) < n:
+            data = self._receive(sock, min(n - len(buffer), _READ_AT_MOST))
+            if len(data) == n:
+                return data  # in one piece, as usual
+            if not data:
+                raise self._ended(f"{len(buffer)} of {n} bytes")
+            buffer += data
+        return self._take(buffer, n)
+
+    def recv_until(self, sep: bytes | bytearray, limit: int = 65536) -> bytes:
+        r"""Receive up to the next ``sep``, and return what came before it, without it.
+
+        What came after it is kept for the next receiving call; until then :meth:`check` is False. What had come when it
+        fails is not lost either.
+
+        :param sep: what ends the message, ``b"\r\n"`` for instance.
+        :param limit: most bytes to accept before ``sep``.
+        :raises LimitExceededError: if ``limit`` bytes came without a ``sep`` after them.
+        :raises EndOfStreamError: if the peer ended the stream before.
+        :raises TimeoutError: if nothing came for ``timeout`` seconds.
+        :raises ConnectionError: if the connection is not open, or broken.
+        """
+        _separator(sep)
+        whole_number("limit", limit, 1)
+        sock, buffer = self._sock, self._buffer
+        if sock is None:
+            raise self._not_open()
+        searched = 0
+        while True:
+            message = self._take_message(buffer, sep, limit, searched)
+            if message is not None:
+                return message
+            searched = max(0, len(buffer) - len(sep) + 1)
+            data = self._receive(sock, _READ_SIZE)
+            if not data:
+                raise self._ended(f"{len(buffer)} bytes without {bytes(sep)!r}")
+            buffer += data
+
+    def _receive(self, sock: _Socket, size: int) -> bytes:
+        try:
+            data = sock.recv(size)
+        except OSError as error:
+            self._explain(error, sock, "sent nothing")
+            raise
+        if self._sock is not sock:
+            raise self._closed_meanwhile("being used")
+        return data
+
+    def _explain(self, error: OSError, sock: _Socket, what: str) -> None:
+        """Raise a better error for one of the socket's, if there is one."""
+        if self._sock is not sock:
+            raise self._closed_meanwhile("being used") from error
+        if isinstance(error, TimeoutError):
+            raise self._timed_out(what, sock.gettimeout(), error) from error
+
+    # Dialling
+
+    def _resolve(self, seconds: float | None) -> list[_Place]:
+        """Return the places to try, in order."""
+        raise NotImplementedError
+
+    def _reach(self, sock: _Socket, address: Any, deadline: float | None) -> None:
+        """Connect the socket."""
+        sock.connect(address)
+
+    def _secure(self, sock: _Socket, deadline: float | None) -> ssl.SSLSocket | None:
+        """Set up TLS on a socket that has connected, if it is wanted."""
+        return None
+
+    def _dial(self) -> tuple[_Socket, ssl.SSLSocket | None]:
+        seconds, deadline = self._allowance()
+        places = self._resolve(seconds)
+        failures: _Failures = []
+        for done, (family, proto, address, name) in enumerate(places):
+            share = None if deadline is None else (deadline - monotonic()) / (len(places) - done)
+            if share is not None and share <= 0:
+                break
+            try:
+                return self._connect(family, proto, address, share)
+            except OSError as error:
+                failures.append((f"{name}: {_reason(error, share)}", error))
+        try:
+            raise self._cannot_connect(failures, seconds, deadline)
+        finally:
+            # An error refers to this frame. If the frame referred to errors, all of it would wait for the collector.
+            del failures
+
+    def _connect(
+        self, family: int, proto: int, address: Any, seconds: float | None
+    ) -> tuple[_Socket, ssl.SSLSocket | None]:
+        deadline = None if seconds is None else monotonic() + seconds
+        sock = self._unready = self._new_socket(family, proto)
+        try:
+            with self._time_limit(seconds):
+                sock.settimeout(seconds)
+                self._prepare(sock)
+                self._reach(sock, address, deadline)
+                tls = self._secure(sock, deadline)
+        except BaseException:
+            sock.close()
+            raise
+        sock = sock if tls is None else tls
+        sock.settimeout(self._timeout)
+        return sock, tls
+
+
+class TcpConnection(StreamConnection, _Tcp):
+    """A TCP connection, over IPv4 or IPv6, with TLS if wanted.
+
+    Every address that ``host`` resolves to is tried, in the resolver's order. A connection can be opened again after it
+    was closed.
+
+    :param host: name or address of the server.
+    :param port: its port.
+    :param lifetime: seconds after which the connection counts as expired; None: never.
+    :param timeout: seconds that one wait for the peer may take while sending or receiving; None or 0: no limit.
+    :param connect_timeout: seconds for all of :meth:`open`: look-up, connect and TLS handshake; None: ``timeout``.
+    :param tls: True: verify the server's certificate, and that it is for ``server_hostname``, against the system's
+        authorities (one :func:`ssl.create_default_context` for all connections). An :class:`ssl.SSLContext`, the
+        standard library's or gevent's, is used as it is. None or False: no TLS.
+    :param server_hostname: the server's name for TLS; None: ``host``.
+    :param nodelay: send small pieces at once (``TCP_NODELAY``).
+    :param tcp_keepalive: have the kernel probe a connection on which nothing arrives, so that a peer that vanished is
+        noticed, and nothing on the way forgets the connection. Whole seconds: how long it must be silent, and how long
+        from probe to probe; or a tuple ``(silent, between, probes)``. True: as the system is set up (on Linux after two
+        hours). None or False: not at all.
+    :param source_address: ``(host, port)`` to connect from, as in :func:`socket.create_connection`.
+    :raises TypeError, ValueError: if a parameter is wrong, naming it.
+    """
+
+    def start_tls(self, context: bool | ssl.SSLContext = True, server_hostname: str | None = None) -> None:
+        """Go on with TLS on the open connection, as protocols with a ``STARTTLS`` command do.
+
+        It may take as long as :meth:`open`. If it fails, the connection is closed.
+
+        :param context: as the constructor's ``tls``.
+        :param server_hostname: as the constructor's; None: the one that was given there.
+        :raises ConnectionError: if the connection is not open, or bytes have arrived after the server's reply: somebody
+            on the way may have put them there, to be taken for the server's words under TLS.
+        :raises RuntimeError: if TLS runs on it already.
+        :raises TimeoutError: if it takes too long.
+        :raises OSError: if the handshake fails, an ``ssl.SSLError`` if TLS says so.
+        """
+        tls_context, name, sock = self._tls_to_start(context, server_hostname)
+        seconds, deadline = self._allowance()
+        try:
+            self._trust_no_bytes(sock)
+            with self._time_limit(seconds):
+                # From here on close() has to close the new socket: it has taken over the descriptor.
+                self._sock = self._tls = tls = self._wrap_tls(sock, tls_context, name)
+                _shake_hands(tls, deadline)
+            tls.settimeout(self._timeout)
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, OSError):
+                raise
+            raise self._no_tls(error, seconds) from error
+
+    def _resolve(self, seconds: float | None) -> list[_Place]:
+        place = _literal(self._host, self._port)
+        if place is not None:
+            return [place]
+        try:
+            with self._time_limit(seconds):
+                return _places(self._getaddrinfo(self._host, self._port))
+        except OSError as error:
+            raise self._unknown_name(error, seconds) from error
+
+    def _secure(self, sock: _Socket, deadline: float | None) -> ssl.SSLSocket | None:
+        self._vet(sock)
+        if self._context is None:
+            return None
+        self._unready = tls = self._wrap_tls(sock, self._context, self._server_hostname)
+        try:
+            _shake_hands(tls, deadline)
+        except BaseException:
+            tls.close()
+            raise
+        return tls
+
+
+class UnixConnection(StreamConnection, _Unix):
+    """A connection over a Unix domain socket. It can be opened again after it was closed.
+
+    :param path: path of the socket; or a name that begins with a zero byte, in Linux' abstract namespace.
+    :param lifetime: seconds after which the connection counts as expired; None: never.
+    :param timeout: seconds that one wait for the peer may take while sending or receiving; None or 0: no limit.
+    :param connect_timeout: seconds for :meth:`open`; None: ``timeout``.
+    :raises TypeError, ValueError: if a parameter is wrong, naming it.
+    """
 
     def _resolve(self, seconds: float | None) -> list[_Place]:
         return [(socket.AF_UNIX, 0, self._path, self._endpoint)]
@@ -788,6 +850,13 @@ def _port(name: str, value: int) -> int:
     return value
 
 
+def _separator(sep: Any) -> None:
+    if not isinstance(sep, (bytes, bytearray)):
+        raise TypeError(f"sep must be bytes, not {sep!r}")
+    if not sep:
+        raise ValueError("sep must not be empty")
+
+
 def _view(data: Any) -> memoryview:
     """Return the bytes of an object with a buffer."""
     try:
@@ -829,6 +898,11 @@ def _literal(host: str, port: int) -> _Place | None:
             continue
         return family, 0, address, host
     return None
+
+
+def _places(found: list[tuple[Any, ...]]) -> list[_Place]:
+    """Return what getaddrinfo() has found."""
+    return [(family, proto, address, str(address[0])) for family, _, proto, _, address in found]
 
 
 def _tls_context(name: str, value: bool | ssl.SSLContext | None, server_hostname: str) -> ssl.SSLContext | None:

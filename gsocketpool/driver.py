@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
-from types import EllipsisType
+from types import EllipsisType, FrameType
 from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
 
 from gsocketpool.arguments import seconds, whole_number
@@ -689,6 +689,8 @@ class Driver(Core[C]):
             ends_the_program = isinstance(error, (KeyboardInterrupt, SystemExit))
             fit = self._may_raise(error) and not ends_the_program
             problem = error if fit else PoolError(f"{self._label}: a dial was killed")
+            if not fit:
+                problem.__cause__ = without_traceback(error)
             if epoch == self._epoch:
                 # A wrong call says nothing of the server; nor does what was begun before a clear() of the one now.
                 struck = generation == self._generation and not isinstance(error, TypeError)
@@ -858,7 +860,7 @@ class Driver(Core[C]):
         self._tell_hopeless()
         tally: _Tally[C] = _Tally(len(members))
         for member in members:
-            self._spawn(self._close_one, member, tally, self._epoch)
+            self._spawn_close(member, tally, self._epoch)
         if wait:
             self._wait_for(tally)
         return tally
@@ -967,6 +969,15 @@ class Driver(Core[C]):
         thread, by the collector too."""
         raise NotImplementedError
 
+    def _station(self, job: Callable[..., object], *args: object) -> object:
+        """As `_spawn`, for a job that parks: where only so many can run, it must not run in place of those that it
+        may wait for."""
+        return self._spawn(job, *args)
+
+    def _spawn_close(self, *args: Any) -> object:
+        """As `_spawn`, for `_close_one`: there may be very many of these at once."""
+        return self._spawn(self._close_one, *args)
+
     def _sleeper(self) -> Callable[[Place[Any], float], None]:
         """How the upkeep parks: that does not keep the program alive, nor the pool. `NEVER` sleeps until it is
         woken."""
@@ -984,6 +995,10 @@ class Driver(Core[C]):
     def _borrower(self) -> object:
         """Whoever is running."""
         raise NotImplementedError
+
+    def _outer_frame(self) -> FrameType | None:
+        """The frame that called the outermost one that Python knows here, where there is one all the same."""
+        return None
 
     def _may_raise(self, error: BaseException) -> bool:
         """Whether an error of a dial may be raised in the borrower: not so the end of the dial's own job."""

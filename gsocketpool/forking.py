@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gsocketpool.log import say
@@ -20,10 +21,13 @@ from gsocketpool.operations import descriptor_of
 if TYPE_CHECKING:
     from gsocketpool.driver import Driver
 
-__all__ = ["kept", "pools"]
+__all__ = ["first_of_all", "kept", "pools"]
 
 #: All pools of this process, by their identity: a subclass may define `__eq__` as it likes.
 pools: weakref.WeakValueDictionary[int, Driver[Any]] = weakref.WeakValueDictionary()
+
+#: What a runtime must do in the child before its pools begin anew.
+first_of_all: list[Callable[[], None]] = []
 
 #: The parent's connections: their finalizers might say something to the peer.
 kept: list[Any] = []
@@ -31,6 +35,8 @@ kept: list[Any] = []
 
 def begin_anew() -> None:
     """In the child, before anything else runs. One pool's trouble must not keep the others from being cut off."""
+    for prepare in first_of_all:
+        prepare()
     forgotten = []
     for pool in list(pools.values()):
         members = list(pool._members.values())

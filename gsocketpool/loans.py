@@ -10,6 +10,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from time import monotonic
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from gsocketpool.core import Member
@@ -34,7 +35,7 @@ class Loan:
 
     __slots__ = ("_frames", "borrower", "reported", "since", "unlink")
 
-    def __init__(self, borrower: object, since: float) -> None:
+    def __init__(self, borrower: object, since: float, outer: FrameType | None) -> None:
         self.borrower = borrower
         self.since = since
         self.reported = False
@@ -45,9 +46,11 @@ class Loan:
         while frame is not None and len(self._frames) < DEPTH:
             code = frame.f_code
             # Not the pool's own frames on the way here, unless it was spawned with nothing above them.
-            if self._frames or not code.co_filename.startswith(_HERE) or frame.f_back is None:
+            if self._frames or not code.co_filename.startswith(_HERE) or not (frame.f_back or outer):
                 self._frames.append((code.co_filename, frame.f_lineno, code.co_name))
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back or outer  # type: ignore[assignment]
+            if frame is outer:
+                outer = None
 
     def stack(self) -> str:
         """Where it was borrowed, as a traceback's text."""
@@ -73,7 +76,7 @@ class Ledger:
 
     def begin(self, pool: Driver[Any], member: Member[Any]) -> None:
         """Whoever is running has borrowed it."""
-        loan = member.loan = Loan(pool._borrower(), monotonic())
+        loan = member.loan = Loan(pool._borrower(), monotonic(), pool._outer_frame())
         if self._leak_threshold is not None:
             self._unreported[member] = None
         if self._reclaim:

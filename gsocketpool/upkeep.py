@@ -60,6 +60,12 @@ class Upkeep:
             self._next_reap = now + self._reap_every
             self._keeper.keep(pool)
 
+    def lose_jobs(self) -> None:
+        """Jobs do not go on in the child of a fork, where this runtime's are threads; until `begin` is called again."""
+        self._proving = 0
+        self._reaping = False
+        self._keeper.lose_job()
+
     def end(self, pool: Driver[Any]) -> None:
         """The pool is closed."""
         self._keeper.let_go(pool)
@@ -79,7 +85,7 @@ class Upkeep:
             self._next_reap = now + self._reap_every
             if not self._reaping:
                 self._reaping = True
-                pool._spawn(self._reap, pool)
+                pool._station(self._reap, pool)
         if now >= self._rest_until:
             self._rest_until = NEVER
             pool.rested()
@@ -192,7 +198,9 @@ class Upkeep:
                 continue
             try:
                 descriptor = descriptor_of(pool._operations, member.connection)
-                if descriptor is not None and pool._operations.checks(member.connection):
+                if descriptor is None or not pool._operations.checks(member.connection):
+                    continue
+                if member.watch is None and pool.is_cold(member):  # still: others may have run meanwhile
                     member.watch = pool._watch(descriptor, member)
             except Exception as error:
                 pool._say(logging.DEBUG, "%s: a connection cannot be watched by its fileno()", pool._label, error=error)
@@ -253,6 +261,9 @@ class Keeper:
         """It is closed. May be called in any thread."""
         raise NotImplementedError
 
+    def lose_job(self) -> None:
+        """Its job does not go on."""
+
 
 class Alone(Keeper):
     """Tends one pool, in a job of its own."""
@@ -261,7 +272,7 @@ class Alone(Keeper):
         self._alarm: Place[Any] = new_place()
 
     def keep(self, pool: Driver[Any]) -> None:
-        pool._spawn(self._keep_up, weakref.ref(pool), pool._sleeper())
+        pool._station(self._keep_up, weakref.ref(pool), pool._sleeper())
 
     def hurry(self, pool: Driver[Any]) -> None:
         pool._wake(self._alarm)
@@ -280,7 +291,7 @@ class Alone(Keeper):
         except BaseException:  # killed
             pool = ref()
             if pool is not None and not pool._closed:
-                pool._spawn(self._keep_up, ref, sleep)
+                pool._station(self._keep_up, ref, sleep)
             raise
 
 
@@ -306,6 +317,9 @@ class Rounds(Keeper):
     def let_go(self, pool: Driver[Any]) -> None:
         pool._rouse(self._alarm)
 
+    def lose_job(self) -> None:
+        self._begun = False
+
     def tended(self, pool: Driver[Any], pause: float) -> float:
         """It was, and wants to be again in so many seconds. Answers in how many it will be."""
         return pause
@@ -327,7 +341,7 @@ class Rounds(Keeper):
 
     def _begin(self, pool: Driver[Any]) -> None:
         self._begun = True
-        pool._spawn(self._go_round, pool._sleeper())
+        pool._station(self._go_round, pool._sleeper())
 
     def _tend_some(self) -> float | None:
         """Tend those that are due, but not so many at once that everybody else must wait for it. Answers the seconds
