@@ -82,7 +82,7 @@ def _time_out(wait: Callable[[float], object], spread: Sequence[int], delay: flo
 
     def waiter(position: int) -> None:
         nonlocal left
-        wait(deadline + position * 1e-7 - time.perf_counter())
+        wait(max(0.0, deadline + position * 1e-7 - time.perf_counter()))
         left -= 1
         if not left:
             all_done.set()

@@ -1,4 +1,4 @@
-"""What holds for every test: it leaves no greenlet, no descriptor, no log record and no traceback behind.
+"""What holds for every test: it leaves no greenlet, no thread, no descriptor, no log record and no traceback behind.
 
 A test that expects the pool to log a warning, or a greenlet to die of an error, asks for `logged` or `crashed` and
 takes what it expects; whatever nobody took fails the test.
@@ -7,21 +7,26 @@ takes what it expects; whatever nobody took fails the test.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
 import random
+import re
+import sys
+import threading
 import time
 import traceback
 import weakref
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
 
 import gevent
 import gevent.socket
 import greenlet
 import pytest
-from gevent.event import Event
+import uvloop
 from gevent.hub import Hub
 from hypothesis import HealthCheck, settings
 
@@ -31,6 +36,12 @@ SEED = int(os.environ.get("GSOCKETPOOL_SEED", "20170411"))
 
 #: Seconds that what a test started has to come to its end after the test.
 SETTLE = 5.0
+
+#: The names of threads that may outlive a test: those that do the pools' jobs are kept for the next pool.
+KEPT_THREADS = ("gsocketpool",)
+
+#: What may say that something has gone wrong.
+LOGGERS = [logging.getLogger(name) for name in ("gsocketpool", "asyncio")]
 
 settings.register_profile(
     "gsocketpool",
@@ -49,10 +60,35 @@ def pytest_report_header() -> str:
     return f"random seed: {SEED} (set GSOCKETPOOL_SEED for another), gevent {gevent.__version__}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Else a test has another name in each process, and `rng` another seed.
+    for item in items:
+        if _ADDRESS.search(item.nodeid):
+            raise pytest.UsageError(f"there is an address in the name {item.nodeid!r}: use `ids=shown` of conftest.py")
+    # The longest ones first, so that no process is still busy with one when all others have nothing left to do.
+    items.sort(key=lambda item: "test_soak" not in item.nodeid)
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+", re.IGNORECASE)
+
+
+def shown(value: object) -> str:
+    """What a parametrized test is named after: the value's repr, the same in every process."""
+    return _ADDRESS.sub("", repr(value))
+
+
 def pytest_collection_finish() -> None:
-    # What gevent makes once and keeps: its hub and the threads that resolve names.
+    # What gevent makes once and keeps: its hub and the threads that resolve names; and uvloop, a pipe for signals.
     gevent.socket.getaddrinfo("127.0.0.1", 80)
-    # All that was imported leaves the collector's lists, so that it takes no time to look through them after each test.
+    uvloop.new_event_loop().close()
+    _freeze()
+
+
+def _freeze() -> None:
+    """Take what there is off the collector's lists, so that it takes no time to look through them after each test.
+
+    Done again now and then, since pytest keeps something of each test.
+    """
     gc.collect()
     gc.freeze()
 
@@ -64,27 +100,24 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 
 
 class Logged(logging.Handler):
-    """Takes down what is logged under ``gsocketpool`` at WARNING and above."""
+    """Takes down what is logged under ``gsocketpool`` and ``asyncio`` at WARNING and above, from whichever thread."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._records: list[logging.LogRecord] = []
-        self._arrived = Event()
 
     def emit(self, record: logging.LogRecord) -> None:
         self._records.append(record)
-        self._arrived.set()
 
     def take(self, count: int | None = None, timeout: float = 5.0) -> list[logging.LogRecord]:
         """Return the records so far, in order, and forget them: the test expected them.
 
-        :param count: wait until there are so many, and fail if there are not exactly so many.
+        :param count: wait until there are so many, in gevent's way, and fail if there are not exactly so many.
         :param timeout: seconds to wait for them.
         """
         deadline = time.monotonic() + timeout
-        while len(self._records) < (count or 0) and (left := deadline - time.monotonic()) > 0:
-            self._arrived.clear()
-            self._arrived.wait(left)
+        while len(self._records) < (count or 0) and time.monotonic() < deadline:
+            gevent.sleep(0.001)
         taken, self._records = self._records, []
         if count is not None:
             assert len(taken) == count, f"{count} log records expected, got {[r.getMessage() for r in taken]}"
@@ -123,13 +156,14 @@ class Crashed:
 
 
 #: Those that earlier tests left behind and were blamed for.
-_known_greenlets: weakref.WeakSet[greenlet.greenlet] = weakref.WeakSet()
+_known: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _new_greenlets() -> list[greenlet.greenlet]:
-    """Live greenlets of this thread, but for the main one, the hub, and those that an earlier test was blamed for."""
+    """Live greenlets of this thread, but for the main one, the hubs, and those that an earlier test was blamed for."""
     current = greenlet.getcurrent()
     main = _root(current)
+    hub = getattr(_eventlet_hub(), "greenlet", None)
     return [
         g
         for g in gc.get_objects()
@@ -138,8 +172,9 @@ def _new_greenlets() -> list[greenlet.greenlet]:
         and g
         and g is not current
         and g is not main
+        and g is not hub
         and not isinstance(g, Hub)
-        and g not in _known_greenlets
+        and g not in _known
         and _root(g) is main
     ]
 
@@ -148,6 +183,34 @@ def _root(g: greenlet.greenlet) -> greenlet.greenlet:
     while g.parent is not None:
         g = g.parent
     return g
+
+
+def _eventlet_hub() -> Any:
+    """The hub that eventlet has made for this thread, if a test has used it. Like gevent's, it stays."""
+    hubs = sys.modules.get("eventlet.hubs")
+    return hubs and getattr(hubs._threadlocal, "hub", None)
+
+
+def _kept_descriptors() -> Iterator[int]:
+    """What eventlet, and gsocketpool for it, make once in a thread and keep."""
+    if (hub := _eventlet_hub()) is not None:
+        yield hub.poll.fileno()
+    local = getattr(sys.modules.get("gsocketpool.eventlet"), "_local", None)
+    if (home := getattr(local, "home", None)) is not None:
+        for end in home._bell:
+            yield end.fileno()
+
+
+def _new_threads(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before
+        and thread not in _known
+        and not thread.name.startswith(KEPT_THREADS)
+        # A dummy stands for a thread that Python did not start, for ever.
+        and not isinstance(thread, threading._DummyThread)
+    ]
 
 
 def _descriptors() -> dict[str, str]:
@@ -160,9 +223,32 @@ def _descriptors() -> dict[str, str]:
         except OSError:
             # The one that listdir itself had open; and on systems without /proc the links say nothing.
             found[name] = ""
+    for kept in _kept_descriptors():
+        found.pop(str(kept), None)
     return {fd: target for fd, target in found.items() if target or folder == "/dev/fd"}
 
 
+class Left(NamedTuple):
+    """What a test has left behind so far."""
+
+    greenlets: list[greenlet.greenlet]
+    threads: list[threading.Thread]
+    descriptors: list[tuple[str, str]]
+
+
+def _left_behind(descriptors: dict[str, str], threads: set[threading.Thread]) -> Left:
+    """
+    :param descriptors: those that there were before.
+    :param threads: likewise.
+    """
+    return Left(_new_greenlets(), _new_threads(threads), sorted(_descriptors().items() - descriptors.items()))
+
+
+def _stack(frame: FrameType | None) -> str:
+    return "".join(traceback.format_stack(frame)) if frame is not None else ""
+
+
+_tests = itertools.count(1)
 _failed = pytest.StashKey[bool]()
 
 
@@ -179,34 +265,37 @@ def _observed(request: pytest.FixtureRequest) -> Iterator[tuple[Logged, Crashed]
     """Fail a test that leaves anything behind. Made before and torn down after every other fixture of the test."""
     hub = gevent.get_hub()
     logged, crashed = Logged(), Crashed(hub)
-    logger = logging.getLogger("gsocketpool")
-    logger.addHandler(logged)
+    for logger in LOGGERS:
+        logger.addHandler(logged)
     hub.handle_error = crashed.handle_error  # type: ignore[method-assign]
-    before = _descriptors()
+    descriptors, threads = _descriptors(), set(threading.enumerate())
 
     yield logged, crashed
-
-    def leaks() -> tuple[list[greenlet.greenlet], list[tuple[str, str]]]:
-        return _new_greenlets(), sorted(_descriptors().items() - before.items())
 
     # A test that has failed may be forgiven for what it left behind; its traceback still holds most of it.
     failed = request.node.stash.get(_failed, False)
     deadline = time.monotonic() + (0 if failed else SETTLE)
     pause = 0.0
-    while any(leaks()) and time.monotonic() < deadline:
+    while any(left := _left_behind(descriptors, threads)) and time.monotonic() < deadline:
         gevent.sleep(pause)
+        if _eventlet_hub() is not None:
+            sys.modules["eventlet"].sleep(0)
         gc.collect()
         pause = min(pause * 2 or 0.001, 0.1)
-    greenlets, descriptors = leaks()
-    _known_greenlets.update(greenlets)
-    logger.removeHandler(logged)
+    for logger in LOGGERS:
+        logger.removeHandler(logged)
     del hub.handle_error
-    left = [f"a greenlet that still lives: {g!r}\n{''.join(traceback.format_stack(g.gr_frame))}" for g in greenlets]
-    left += [f"an open descriptor: {fd} -> {target}" for fd, target in descriptors]
-    left += [f"a log record: {r.levelname} {r.name}: {r.getMessage()}" for r in logged.take()]
-    left += crashed.report()
-    if left and not failed:
-        pytest.fail("the test left behind:\n" + "\n".join(left), pytrace=False)
+    words = [f"a greenlet that still lives: {g!r}\n{_stack(g.gr_frame)}" for g in left.greenlets]
+    running = sys._current_frames() if left.threads else {}
+    words += [f"a thread that still runs: {t!r}\n{_stack(running.get(t.ident or 0))}" for t in left.threads]
+    words += [f"an open descriptor: {fd} -> {target}" for fd, target in left.descriptors]
+    words += [f"a log record: {r.levelname} {r.name}: {r.getMessage()}" for r in logged.take()]
+    words += crashed.report()
+    _known.update([*left.greenlets, *left.threads])
+    if next(_tests) % 20 == 0:
+        _freeze()
+    if words and not failed:
+        pytest.fail("the test left behind:\n" + "\n".join(words), pytrace=False)
 
 
 @pytest.fixture

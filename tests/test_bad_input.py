@@ -27,7 +27,7 @@ from gsocketpool import (
 )
 from gsocketpool.connection import EndOfStreamError, LimitExceededError
 
-from .conftest import Crashed, Logged
+from .conftest import Crashed, Logged, shown
 from .proxy import Proxy
 from .servers import LineEchoServer, Server, swallow
 
@@ -66,7 +66,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
 def cases(of: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]) -> list[Any]:
     """One for each wrong value: parameter, value, error."""
     return [
-        pytest.param(name, value, kinds, id=f"{name}={value!r}")
+        pytest.param(name, value, kinds, id=f"{name}={shown(value)}")
         for name, (types, values) in of.items()
         for kinds, wrong in ((TypeError, types), (ValueError, values))
         for value in wrong
@@ -331,7 +331,7 @@ def test_a_factory_of_something_else_than_a_connection_is_a_type_error_and_costs
         serves_all_at_once(pool, 2)
 
 
-@pytest.mark.parametrize("product", [None, 5], ids=repr)
+@pytest.mark.parametrize("product", [None, 5], ids=shown)
 def test_initial_connections_of_a_wrong_kind_are_refused_by_the_constructor(
     server: LineEchoServer, product: Any
 ) -> None:
@@ -437,7 +437,7 @@ class OddBase(BaseException):
     """Somebody's own, that is no Exception."""
 
 
-@pytest.mark.parametrize("error", [Odd("odd"), OSError(5, "odd"), OddBase("odd"), gevent.Timeout(5)], ids=repr)
+@pytest.mark.parametrize("error", [Odd("odd"), OSError(5, "odd"), OddBase("odd"), gevent.Timeout(5)], ids=shown)
 def test_what_a_factory_raises_is_raised_in_the_borrower_and_costs_no_slot(
     server: LineEchoServer, error: BaseException
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from gevent.event import Event
 
 from gsocketpool import ConnectionNotFoundError, Pool, PoolClosedError, PoolError, PoolExhaustedError, TcpConnection
-from tests.conftest import Crashed, Logged
+from tests.conftest import Crashed, Logged, shown
 from tests.dials import BOUND, Attempt, Dials, nobody_else_runs
 from tests.servers import LineEchoServer, Server
 
@@ -398,7 +398,7 @@ def test_a_pool_is_closed_at_the_end_of_its_block(server: LineEchoServer) -> Non
     server.wait_open(0)
 
 
-@pytest.mark.parametrize("error", [ValueError(), gevent.GreenletExit(), gevent.Timeout()], ids=repr)
+@pytest.mark.parametrize("error", [ValueError(), gevent.GreenletExit(), gevent.Timeout()], ids=shown)
 def test_a_pool_is_closed_too_when_its_block_fails_and_the_error_goes_on(
     server: LineEchoServer, error: BaseException
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 SAMPLE = """
-import logging
+import logging, threading
 import gevent, gevent.socket, pytest
 from gevent.event import Event
 from tests import conftest
@@ -35,11 +35,23 @@ def test_leaves_nothing():
 def test_leaves_a_greenlet():
     gevent.spawn(Event().wait)
 
+def test_leaves_a_thread():
+    threading.Thread(target=threading.Event().wait, name="left here", daemon=True).start()
+
+def test_leaves_a_thread_that_ends():
+    threading.Timer(0.05, len, [""]).start()
+
+def test_leaves_a_thread_that_does_jobs_for_pools():
+    threading.Thread(target=threading.Event().wait, name="gsocketpool-7", daemon=True).start()
+
 def test_leaves_a_descriptor():
     kept.append(gevent.socket.socket())
 
 def test_leaves_a_record():
     logging.getLogger("gsocketpool").warning("not taken")
+
+def test_leaves_a_record_of_asyncio():
+    threading.Thread(target=logging.getLogger("asyncio").error, args=["never retrieved"]).start()
 
 def test_takes_a_record(logged):
     gevent.spawn_later(0.01, logging.getLogger("gsocketpool").error, "taken")
@@ -91,16 +103,20 @@ def test_a_test_that_leaves_something_behind_or_hangs_fails_and_no_other(tmp_pat
     blamed = set(re.findall(r"^(?:ERROR|FAILED) .*::test_(\w+) - (.*)", result.stdout, re.MULTILINE))
     assert {name for name, _ in blamed} == {
         "leaves_a_greenlet",
+        "leaves_a_thread",
         "leaves_a_descriptor",
         "leaves_a_record",
+        "leaves_a_record_of_asyncio",
         "leaves_a_dead_greenlet",
         "hangs_in_the_hub",
         "hangs_while_another_greenlet_runs",
     }, result.stdout
     for found in (
         "a greenlet that still lives",
+        "a thread that still runs: <Thread(left here",
         "-> socket:",
         "WARNING gsocketpool: not taken",
+        "ERROR asyncio: never retrieved",
         "ValueError: of its own",
     ):
         assert found in result.stdout

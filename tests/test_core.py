@@ -2365,7 +2365,8 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             self.world.end()
 
 
-TestAnyOrderOfEvents = AnyOrderOfEvents.TestCase
+# Not measured by coverage, which would take as long again several times: it goes over the same lines for ever.
+TestAnyOrderOfEvents = pytest.mark.no_cover(AnyOrderOfEvents.TestCase)
 TestAnyOrderOfEvents.settings = settings(max_examples=300, stateful_step_count=60)
 
 
@@ -2445,5 +2446,6 @@ def walk(rng: random.Random, worlds: int, steps: int) -> None:
         world.end()
 
 
+@pytest.mark.no_cover
 def test_any_order_of_events_on_long_random_walks(rng: random.Random) -> None:
     walk(rng, worlds=500, steps=200)

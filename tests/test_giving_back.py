@@ -11,7 +11,7 @@ import pytest
 from gevent.event import Event
 
 from gsocketpool import ConnectionNotFoundError, Pool, PoolError, PoolExhaustedError
-from tests.conftest import Crashed, Logged
+from tests.conftest import Crashed, Logged, shown
 from tests.dials import BOUND, Attempt, nobody_else_runs
 from tests.lines import Line, borrow, give_back, line_pool
 from tests.servers import LineEchoServer
@@ -53,7 +53,7 @@ DISCARDED: list[tuple[dict[str, Any], BaseException]] = [
 @pytest.mark.parametrize(
     ("options", "error", "discarded"),
     [*((*case, False) for case in KEPT), *((*case, True) for case in DISCARDED)],
-    ids=repr,
+    ids=shown,
 )
 def test_what_leaves_the_block_discards_the_connection_or_does_not(
     server: LineEchoServer, options: dict[str, Any], error: BaseException, discarded: bool
@@ -123,7 +123,7 @@ def test_a_waiter_is_served_by_a_new_connection_after_a_discard(server: LineEcho
 
 
 @pytest.mark.parametrize("others_wait", [False, True])
-@pytest.mark.parametrize("error", [gevent.GreenletExit(), gevent.Timeout(), Interruption()], ids=repr)
+@pytest.mark.parametrize("error", [gevent.GreenletExit(), gevent.Timeout(), Interruption()], ids=shown)
 def test_g3_a_release_while_an_interruption_passes_through_discards(
     server: LineEchoServer, error: BaseException, others_wait: bool, crashed: Crashed
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import random
+import time
 from typing import Any
 
 import gevent
@@ -121,12 +122,13 @@ def test_those_who_are_killed_behind_a_patient_one_leave_nothing_behind(rng: ran
 
 
 def test_g4_who_is_granted_a_connection_in_the_moment_in_which_his_time_is_over_has_it() -> None:
-    with LineEchoServer() as server, line_pool(server, max_connections=1, acquire_timeout=0.05) as pool:
+    with LineEchoServer() as server, line_pool(server, max_connections=1, acquire_timeout=0.2) as pool:
         held = borrow(pool, 1)
         waiter, behind = waiters(pool, 2)
         ring = pool._ring
 
         def ring_and_release() -> None:
+            time.sleep(0.2)  # the time of the one behind, too, is over now, however much later he came
             ring()  # both are told that their time is over
             give_back(pool, held)
 
