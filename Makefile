@@ -9,17 +9,15 @@ OLD := $(VENV)/peers/gsocketpool-0.1.6
 # One process for each processor, each with servers of its own; more than a few would be in each other's way.
 SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
-# `make test COVERAGE=` goes without it, and takes half as long.
-COVERAGE := --cov --cov-report=term
-
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: help demo test check docs bench faults soak peers format clean
+.PHONY: help demo test coverage check docs bench faults soak peers format clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    a pool of ten at work, for five seconds"
-	@echo "make test    the whole test suite, with coverage by branches"
+	@echo "make test    the whole test suite"
+	@echo "make coverage  the same, and what of the package it runs, by branches"
 	@echo "make check   ruff and mypy"
 	@echo "make format  let ruff mend what it can"
 	@echo "make docs    the manual, in docs/_build/html"
@@ -32,7 +30,10 @@ demo: $(VENV)/.demo
 	@$(BIN)/python -m gsocketpool
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(COVERAGE)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+coverage: $(VENV)/.test
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term
 
 check: $(VENV)/.check
 	@$(BIN)/python -m ruff check .

@@ -368,11 +368,15 @@ class Driver(Core[C]):
                 member = self.inspect()
                 if member is None:
                     break
+                watched = member.watch is not None
+                self._upkeep.look_away(self, member)  # it may ask the peer
                 if self._is_expired(member):
                     self.retire(member, "expired")
                     expired.append(member)
                 elif member.holder is not None:  # else dropped, or failed, meanwhile
                     self._settle(self.inspected(member), member)
+                    if watched:
+                        self.show_again(member)
             finished = True
         finally:
             try:

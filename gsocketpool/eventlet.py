@@ -107,8 +107,7 @@ class Home:
         self._hang_bell(self.hub)
 
     def leave(self) -> None:
-        """The thread has ended."""
-        self._jobs.clear()
+        """Close the bell: the thread has ended."""
         for end in self._bell:
             end.close()
 
@@ -166,9 +165,10 @@ class Home:
 
     def part(self) -> None:
         """In the child of a fork: have an epoll and a bell that are not the parent's."""
+        self.hub.listeners[self.hub.READ].pop(self._bell[0].fileno(), None)
+        self.leave()  # first, since no other descriptor may be free
         if isinstance(self.hub, epolls.Hub):
             self.hub.poll = type(self.hub.poll)()
-        del self.hub.listeners[self.hub.READ][self._bell[0].fileno()]
         self._hang_bell(self.hub)
 
     def listen_anew(self) -> None:

@@ -276,7 +276,11 @@ def _observed(request: pytest.FixtureRequest) -> Iterator[tuple[Logged, Crashed]
     failed = request.node.stash.get(_failed, False)
     deadline = time.monotonic() + (0 if failed else SETTLE)
     pause = 0.0
-    while any(left := _left_behind(descriptors, threads)) and time.monotonic() < deadline:
+    while True:
+        left = _left_behind(descriptors, threads)
+        if not any(left) or time.monotonic() >= deadline:
+            break
+        del left  # or what sits in a circle would never be collected
         gevent.sleep(pause)
         if _eventlet_hub() is not None:
             sys.modules["eventlet"].sleep(0)

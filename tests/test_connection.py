@@ -780,6 +780,9 @@ def test_a_peer_that_the_kernel_gave_up_is_a_timeout_of_the_kernels() -> None:
         def recv(self, size: int) -> bytes:
             raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
 
+        def gettimeout(self) -> float:
+            return 5
+
     conn = TcpConnection("127.0.0.1", 80, timeout=5)
     conn._sock = Dead()  # type: ignore[assignment]
     with pytest.raises(TimeoutError, match=r"127\.0\.0\.1:80: Connection timed out") as caught:
