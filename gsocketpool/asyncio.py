@@ -85,7 +85,14 @@ MOST_SPARE: Final = 100
 #: A greenlet that was made below so many frames is not kept.
 DEEP: Final = 100
 
-_spares: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, list[greenlet]] = weakref.WeakKeyDictionary()
+
+class _Spares(list[greenlet]):
+    """The greenlets that are kept, for all pools of a loop, as long as one of them is open."""
+
+    most = MOST_SPARE
+
+
+_spares: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, _Spares] = weakref.WeakValueDictionary()
 
 
 class Lease(Borrowing[C]):
@@ -181,6 +188,8 @@ class Pool(Driver[C]):
 
     _lease: ClassVar[type[Lease[Any]]] = Lease
     _home_name = "event loop"
+
+    _runtime = "gsocketpool.asyncio"
 
     __slots__ = ("__dict__", "_context", "_jobs", "_loop", "_outside", "_process", "_spare", "_thread")
 
@@ -292,6 +301,18 @@ class Pool(Driver[C]):
         """
         await self._run(self._close, timeout)
 
+    def resize(self, max_connections: int) -> None:
+        self._refuse_other_threads()
+        super().resize(max_connections)
+
+    def pause(self) -> None:
+        self._refuse_other_threads()
+        super().pause()
+
+    def resume(self) -> None:
+        self._refuse_other_threads()
+        super().resume()
+
     async def __aenter__(self: P) -> P:
         return self
 
@@ -311,7 +332,10 @@ class Pool(Driver[C]):
 
     @classmethod
     def _home_is(cls) -> object:
-        return get_running_loop()
+        try:
+            return get_running_loop()
+        except RuntimeError:
+            raise RuntimeError("no event loop is running: make the group in a coroutine, and use it there") from None
 
     def _settle_in(self) -> None:
         if self._settings.initial_connections:
@@ -332,14 +356,16 @@ class Pool(Driver[C]):
         self._process = os.getpid()
         self._context = contextvars.copy_context()
         self._jobs: set[_Job] = set()
-        self._spare = _spares.setdefault(self._loop, [])
+        self._spare = _spares.setdefault(self._loop, _Spares())
 
     async def _borrow(
         self, holder: object, retry: int, retried: int, timeout: float | EllipsisType | None
     ) -> Member[C]:
-        usual = timeout is ... and retry == 10 and retried == 0
-        limit, lenient, wait = self._usual_limit if usual else (None, False, timeout is None)
-        if not (self._brimful and self._undialled and wait and self._loop is get_running_loop()):
+        wait = False
+        if self._brimful and self._undialled and self._loop is get_running_loop():
+            usual = timeout is ... and retry == 10 and retried == 0
+            limit, lenient, wait = self._usual_limit if usual else self._limit(retry, retried, timeout)
+        if not wait:
             return await self._run(self._acquire, holder, retry, retried, timeout)
         # What follows is for the commonest case where one must wait, since a greenlet would double what that costs.
         started = monotonic()
@@ -367,8 +393,19 @@ class Pool(Driver[C]):
             raise self._not_at_home()
         return await _in_greenlet(self._spare, function, *args)
 
+    def _shut(self) -> Any:
+        closed = super()._shut()
+        # Whoever keeps a closed pool, by an error's traceback, say, keeps no greenlet.
+        self._spare = _Spares()
+        self._spare.most = 0
+        return closed
+
     def _look_outside(self) -> None:
         self._outside = exception()  # is being handled where the loop is run, and concerns nobody in it
+
+    def _refuse_other_threads(self) -> None:
+        if get_ident() != self._thread:
+            raise self._not_at_home()
 
     def _not_at_home(self) -> PoolError:
         return PoolError(f"{self._label} was made in another event loop, and serves that one only: make one in each")
@@ -461,8 +498,8 @@ class _Watch:
     __slots__ = ("_is_mine", "descriptor")
 
     def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
         self._is_mine = False
+        self.descriptor = descriptor
 
     def duplicate(self) -> None:
         self.descriptor = os.dup(self.descriptor)
@@ -517,7 +554,7 @@ def _bridge() -> None:
         del function, args
 
 
-async def _in_greenlet(spare: list[greenlet], function: Callable[..., R], *args: object) -> R:
+async def _in_greenlet(spare: _Spares, function: Callable[..., R], *args: object) -> R:
     """Call it in a greenlet, and await here what it awaits there.
 
     :param spare: bridges that nobody uses.
@@ -544,18 +581,18 @@ async def _in_greenlet(spare: list[greenlet], function: Callable[..., R], *args:
             there.parent = getcurrent()
             answer = there.switch(answer)
     there.gr_context = None
-    if len(spare) < MOST_SPARE and not (is_new and _is_deep()):
+    if len(spare) < spare.most and not (is_new and _is_deep()):
         spare.append(there)
-    error, result = answer.error, answer.result
+    problem, result = answer.error, answer.result
     answer.error = answer.result = None  # the bridge still has it at hand
-    if error is not None:
-        context = error.__context__
+    if problem is not None:
+        context = problem.__context__
         try:
-            raise error
+            raise problem
         finally:
             if context is not None:
-                error.__context__ = context  # not what is being handled here, further out
-            del error, context  # they refer to this frame
+                problem.__context__ = context  # not what is being handled here, further out
+            del problem, context  # they refer to this frame
     return result  # type: ignore[no-any-return]
 
 
@@ -645,11 +682,12 @@ class _Job(greenlet):
 
     def _goes_on(self, resume: Callable[..., Any], *args: object) -> None:
         self.parent = getcurrent()
-        awaited = resume(*args)
-        if self.dead:
-            jobs = self._jobs()
-            if jobs is not None:
+        try:
+            awaited = resume(*args)
+        finally:
+            if self.dead and (jobs := self._jobs()) is not None:
                 jobs.discard(self)
+        if self.dead:
             return
         if not asyncio.isfuture(awaited):
             # Not wrapped where it need not be: who is cancelled before his first step begins nothing.
@@ -741,7 +779,7 @@ class PoolGroup(Group[C, Pool[C], Lease[C]]):
     async def _run(self, function: Callable[..., None], *args: object) -> None:
         if get_running_loop() is not self._home:
             raise PoolError(f"{self._label} was made in another event loop, and serves that one only: make one in each")
-        await _in_greenlet(_spares.setdefault(get_running_loop(), []), function, *args)
+        await _in_greenlet(_spares.setdefault(get_running_loop(), _Spares()), function, *args)
 
     async def __aenter__(self: G) -> G:
         return self

@@ -232,8 +232,11 @@ class LimitExceededError(ConnectionError):
     """The peer sent more than ``recv_until()`` was to accept."""
 
 
-class _Stream(Connection):
+class AnyStream(Connection):
     """What streams of all runtimes share: nothing here waits."""
+
+    #: The module that has the pool for it.
+    _runtime: str
 
     _endpoint: str  # the peer's name in errors
 
@@ -409,7 +412,7 @@ class _Stream(Connection):
         return error
 
 
-class _Tcp(_Stream):
+class _Tcp(AnyStream):
     """Where a TCP connection leads, and how."""
 
     def __init__(
@@ -495,7 +498,7 @@ class _Tcp(_Stream):
         return _alike(error, f"no TLS with {self._endpoint}: {_reason(error)}")
 
 
-class _Unix(_Stream):
+class _Unix(AnyStream):
     """Where a connection over a Unix socket leads."""
 
     def __init__(
@@ -515,7 +518,7 @@ class _Unix(_Stream):
         self._endpoint = os.fsdecode(self._path).replace("\0", "@", 1)
 
 
-class StreamConnection(GeventSockets, _Stream):
+class StreamConnection(GeventSockets, AnyStream):
     """A byte stream over a socket: what :class:`TcpConnection` and :class:`UnixConnection` share."""
 
     _endpoint: str  # the peer's name in errors

@@ -19,7 +19,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from time import monotonic
 from types import EllipsisType, FrameType
 from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
 from gsocketpool.arguments import seconds, whole_number
 from gsocketpool.budget import Budget
 from gsocketpool.complaints import broken, exhausted, failing, not_ready
-from gsocketpool.connection import Wrap
+from gsocketpool.connection import AnyStream, Wrap
 from gsocketpool.core import (
     BROKEN,
     BY_HAND,
@@ -103,6 +103,9 @@ class Borrowing(Generic[C]):
 
 class Driver(Core[C]):
     """A pool, but for how it is called and how it waits. See :class:`gsocketpool.Pool` for what the parameters mean."""
+
+    #: The module from which this runtime's names are imported.
+    _runtime: ClassVar[str]
 
     #: What error texts call the place where a pool is at home.
     _home_name: ClassVar[str] = "thread"
@@ -337,7 +340,7 @@ class Driver(Core[C]):
         self._vet(connection)
         self.claim(connection)
         try:
-            self._operations.open(connection)
+            refuse_coroutine(self._operations.open(connection), "open()")
         except BaseException:
             self._close_half_open(connection, epoch)
             raise
@@ -771,7 +774,13 @@ class Driver(Core[C]):
             self._wake(place)
 
     def _vet(self, connection: C) -> None:
+        refuse_coroutine(connection, "factory")
         self._operations.vet(connection)
+        if isinstance(connection, AnyStream) and connection._runtime != self._runtime and not is_patched():
+            raise TypeError(
+                f"the factory of {self._label} returned a connection of {connection._runtime}, which this pool cannot "
+                f"wait for: import both from {self._runtime}"
+            )
         if self.knows(connection):
             raise PoolError(
                 f"the factory of {self._label} returned a connection that is in the pool already, "
@@ -1034,6 +1043,19 @@ def without_traceback(error: BaseException) -> BaseException:
         return like if type(like) is type(error) and like.args == error.args else error
     except Exception:
         return error
+
+
+def refuse_coroutine(answer: object, whose: str) -> None:
+    """What was to be awaited has not been: it must not pass for done."""
+    if isinstance(answer, Coroutine):
+        answer.close()
+        raise TypeError(f"the {whose} is async, which only pools of gsocketpool.asyncio can await")
+
+
+def is_patched() -> bool:
+    """Whether the standard library's sockets and threads are gevent's or eventlet's: then runtimes can be mixed."""
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    return bool((gevent and gevent.is_module_patched("socket")) or (eventlet and eventlet.is_monkey_patched("socket")))
 
 
 class _Tally(Generic[C]):

@@ -259,6 +259,8 @@ class Pool(BlockingPool[C]):
       ``eventlet.hubs.use_hub()``; but for eventlet's hub over asyncio, which does not outlive a fork.
     """
 
+    _runtime = "gsocketpool.eventlet"
+
     __slots__ = ("__dict__", "_home")
 
     @classmethod

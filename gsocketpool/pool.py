@@ -108,6 +108,8 @@ class Pool(BlockingPool[C]):
     :exc:`~gsocketpool.PoolError` as soon as they would have to wait: make one pool in each thread.
     """
 
+    _runtime = "gsocketpool"
+
     __slots__ = ("__dict__", "_alarm", "_crowd", "_home", "_hub", "_patient", "_run_callback", "_timer")
 
     @classmethod

@@ -66,6 +66,8 @@ class Sockets:
 class GeventSockets(Sockets):
     """gevent's sockets."""
 
+    _runtime = "gsocketpool"
+
     def _new_socket(self, family: int, proto: int) -> _Socket:
         from gevent import socket as gevent_socket
 
@@ -117,6 +119,8 @@ class ThreadSockets(Sockets):
     thread may close a connection at any time.
     """
 
+    _runtime = "gsocketpool.threading"
+
     _pid = 0  # the process that made the socket
 
     def _new_socket(self, family: int, proto: int) -> _Socket:
@@ -155,6 +159,8 @@ class ThreadSockets(Sockets):
 
 class EventletSockets(Sockets):
     """eventlet's sockets."""
+
+    _runtime = "gsocketpool.eventlet"
 
     def _new_socket(self, family: int, proto: int) -> _Socket:
         sock: _Socket = _green_socket()(family, socket.SOCK_STREAM, proto)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from gsocketpool import connection
 from gsocketpool.arguments import whole_number
-from gsocketpool.connection import _READ_AT_MOST, _READ_SIZE, _Place, _Socket, _Stream, _Tcp, _Unix
+from gsocketpool.connection import _READ_AT_MOST, _READ_SIZE, AnyStream, _Place, _Socket, _Tcp, _Unix
 from gsocketpool.sockets import wrap_tls
 
 __all__ = ["Connection", "StreamConnection", "TcpConnection", "UnixConnection"]
@@ -73,8 +73,10 @@ class _Done(Awaitable[None]):
 _DONE = _Done()
 
 
-class StreamConnection(_Stream, Connection):
+class StreamConnection(AnyStream, Connection):
     """A byte stream over a socket: what :class:`TcpConnection` and :class:`UnixConnection` share."""
+
+    _runtime = "gsocketpool.asyncio"
 
     def __init__(self, lifetime: float | None, timeout: float | None, connect_timeout: float | None) -> None:
         super().__init__(lifetime, timeout, connect_timeout)

@@ -281,6 +281,8 @@ class Pool(BlockingPool[C]):
     when there is nothing to do. No lock is held while they do that, or while anything else runs that is yours.
     """
 
+    _runtime = "gsocketpool.threading"
+
     __slots__ = ("__dict__", "_closers", "_monitor", "_to_close")
 
     _monitor: Any
