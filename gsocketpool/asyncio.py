@@ -4,9 +4,8 @@ The names are those of :mod:`gsocketpool`; what may wait is awaited. What the us
 `check`, `reset`, `keepalive`, and what :func:`~gsocketpool.wrap` is given) may be plain or ``async``.
 
 Nothing is decided here. The driver that serves greenlets and threads serves tasks too: a call that may have to wait
-runs in a greenlet of its own, inside its caller's task, and where it would stand still, it hands out what must be
-awaited.
-SQLAlchemy came up with that. A call that need not wait makes no greenlet.
+runs in a greenlet, inside its caller's task, and where it would stand still, it hands out what must be awaited: see
+:mod:`gsocketpool.bridge`. A call that need not wait uses no greenlet.
 """
 
 from __future__ import annotations
@@ -16,19 +15,18 @@ import contextvars
 import functools
 import logging
 import os
-import sys
 import weakref
 from asyncio import get_running_loop
-from collections.abc import Awaitable, Callable
-from inspect import isawaitable
+from collections.abc import Callable
 from threading import get_ident
 from time import monotonic
 from types import EllipsisType, FrameType, TracebackType
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent
 
 from gsocketpool.arguments import is_seconds
+from gsocketpool.bridge import Job, Spares, expire, in_greenlet, in_job, settled, sleep, spares_of, stand, wait
 from gsocketpool.budget import Budget, Quota
 from gsocketpool.connection import EndOfStreamError, LimitExceededError, Wrap, wrap
 from gsocketpool.core import BY_HAND, NOBODY, RETIRED, Member, Place
@@ -75,24 +73,6 @@ C = TypeVar("C")
 R = TypeVar("R")
 P = TypeVar("P", bound="Pool[Any]")
 G = TypeVar("G", bound="PoolGroup[Any]")
-
-#: Seconds that the upkeep sleeps at most, where nothing is due: a timer takes no infinite number.
-LONGEST_SLEEP: Final = 86_400.0
-
-#: Greenlets that are kept for the next calls, for all pools of a loop. Each has some 20 KB of stack.
-MOST_SPARE: Final = 100
-
-#: A greenlet that was made below so many frames is not kept.
-DEEP: Final = 100
-
-
-class _Spares(list[greenlet]):
-    """The greenlets that are kept, for all pools of a loop, as long as one of them is open."""
-
-    most = MOST_SPARE
-
-
-_spares: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, _Spares] = weakref.WeakValueDictionary()
 
 
 class Lease(Borrowing[C]):
@@ -326,7 +306,7 @@ class Pool(Driver[C]):
         answers the connection, or by an ``async def``, in which it must be awaited."""
         if asyncio.current_task() is None:
             return super()._create_connection()
-        return _in_greenlet(self._spare, super()._create_connection)
+        return in_greenlet(self._spare, super()._create_connection)
 
     # What the driver asks of a runtime
 
@@ -355,8 +335,8 @@ class Pool(Driver[C]):
         self._thread = get_ident()
         self._process = os.getpid()
         self._context = contextvars.copy_context()
-        self._jobs: set[_Job] = set()
-        self._spare = _spares.setdefault(self._loop, _Spares())
+        self._jobs: set[Job] = set()
+        self._spare = spares_of(self._loop)
 
     async def _borrow(
         self, holder: object, retry: int, retried: int, timeout: float | EllipsisType | None
@@ -371,7 +351,7 @@ class Pool(Driver[C]):
         started = monotonic()
         place: Any = self.take(True)  # others wait, so this is a place behind them
         waiter = place.waiter = self._loop.create_future()
-        timer = None if limit is None else self._loop.call_later(limit, _expire, waiter)
+        timer = None if limit is None else self._loop.call_later(limit, expire, waiter)
         try:
             await waiter
         except BaseException:
@@ -391,12 +371,12 @@ class Pool(Driver[C]):
         """Call a method of the driver's, which may park."""
         if get_running_loop() is not self._loop:
             raise self._not_at_home()
-        return await _in_greenlet(self._spare, function, *args)
+        return await in_greenlet(self._spare, function, *args)
 
     def _shut(self) -> Any:
         closed = super()._shut()
         # Whoever keeps a closed pool, by an error's traceback, say, keeps no greenlet.
-        self._spare = _Spares()
+        self._spare = Spares()
         self._spare.most = 0
         return closed
 
@@ -411,7 +391,7 @@ class Pool(Driver[C]):
         return PoolError(f"{self._label} was made in another event loop, and serves that one only: make one in each")
 
     def _park(self, place: Place[C], limit: float | None) -> None:
-        _stand(self._loop, place, limit)
+        stand(self._loop, place, limit)
 
     def _wake(self, place: Place[C]) -> None:
         waiter, place.waiter = place.waiter, None
@@ -422,7 +402,7 @@ class Pool(Driver[C]):
         self._soon(self._wake, place)
 
     def _spawn(self, job: Callable[..., object], *args: object) -> object:
-        return self._soon(_Job(self._loop, self._jobs, job, args).begin)
+        return self._soon(Job(self._loop, self._jobs, job, args).begin)
 
     def _soon(self, callback: Callable[..., object], *args: object) -> object:
         try:
@@ -435,15 +415,16 @@ class Pool(Driver[C]):
             return None  # whoever waited is gone, and nothing can be closed any more
 
     def _sleeper(self) -> Callable[[Place[Any], float], None]:
-        return functools.partial(_sleep, self._loop)
+        return functools.partial(sleep, self._loop)
 
     def _caller(self) -> Callable[..., Any]:
-        return _settled
+        return settled
 
     def _within(self, limit: float, function: Callable[..., R], *args: Any) -> R:
-        if not isinstance(getcurrent(), _Job):  # super()._create_connection() of an `async def` has failed
-            return _await(asyncio.wait_for(_in_greenlet(self._spare, function, *args), limit))
-        _set_limit(self._loop.time() + limit)
+        job = in_job()
+        if job is None:  # super()._create_connection() of an `async def` has failed
+            return wait(asyncio.wait_for(in_greenlet(self._spare, function, *args), limit))
+        job.until = self._loop.time() + limit
         try:
             return function(*args)
         except TimeoutError as error:
@@ -451,7 +432,7 @@ class Pool(Driver[C]):
                 error.args = (f"not done after {limit:g} s",)
             raise
         finally:
-            _set_limit(None)
+            job.until = None
 
     def _borrower(self) -> object:
         return asyncio.current_task() or getcurrent()
@@ -518,235 +499,6 @@ def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any]) -> None:
         pool._spawn(stirs, pool, member)
 
 
-# The bridge: whatever must be awaited in a greenlet of these is switched out to the greenlet's parent, which is a
-# coroutine below, or the loop's callback that runs a `_Job`; what comes of it is switched or thrown in.
-#
-# No frame of a greenlet that waits for its next call may refer to the greenlet, by whichever way, since the collector
-# does not see such a circle.
-
-
-class _Outcome:
-    """What came of a call: a bridge switches it out when it has ended."""
-
-    __slots__ = ("error", "result")
-
-    def __init__(self) -> None:
-        self.result: Any = None
-        self.error: BaseException | None = None
-
-
-def _bridge() -> None:
-    """A greenlet that makes one call after another, since a new one costs twenty times as much as a switch: CPython
-    maps memory for its stack."""
-    outcome = None
-    while True:
-        parent = getcurrent().parent
-        assert parent is not None
-        function, args = parent.switch(outcome)  # not given at the start, since a greenlet keeps that until its end
-        del parent
-        outcome = _Outcome()
-        try:
-            outcome.result = function(*args)
-        except GreenletExit:
-            raise  # it is being collected, or this is the user's own
-        except BaseException as error:
-            outcome.error = error
-        del function, args
-
-
-async def _in_greenlet(spare: _Spares, function: Callable[..., R], *args: object) -> R:
-    """Call it in a greenlet, and await here what it awaits there.
-
-    :param spare: bridges that nobody uses.
-    """
-    is_new = not spare
-    if is_new:
-        there = greenlet(_bridge)
-        there.switch()
-    else:
-        there = spare.pop()
-    there.parent = here = getcurrent()
-    there.gr_context = here.gr_context
-    del here
-    answer: Any = there.switch(function, args)
-    while type(answer) is not _Outcome:
-        if there.dead:
-            raise answer  # a GreenletExit
-        try:
-            answer = await answer
-        except BaseException as error:
-            there.parent = getcurrent()
-            answer = there.throw(type(error), error, error.__traceback__)
-        else:
-            there.parent = getcurrent()
-            answer = there.switch(answer)
-    there.gr_context = None
-    if len(spare) < spare.most and not (is_new and _is_deep()):
-        spare.append(there)
-    problem, result = answer.error, answer.result
-    answer.error = answer.result = None  # the bridge still has it at hand
-    if problem is not None:
-        context = problem.__context__
-        try:
-            raise problem
-        finally:
-            if context is not None:
-                problem.__context__ = context  # not what is being handled here, further out
-            del problem, context  # they refer to this frame
-    return result  # type: ignore[no-any-return]
-
-
-def _is_deep() -> bool:
-    """Whether a greenlet that was made here would be short of recursion for ever: it begins at the depth of its
-    maker."""
-    try:
-        sys._getframe(DEEP)
-    except ValueError:
-        return False
-    return True
-
-
-def _await(awaitable: Awaitable[R]) -> R:
-    """Await it, from inside such a greenlet."""
-    parent = getcurrent().parent
-    assert parent is not None
-    try:
-        return parent.switch(awaitable)  # type: ignore[no-any-return]
-    finally:
-        del awaitable  # a future keeps its error, which refers to this frame
-
-
-def _settled(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call what the user has written, and await its answer if it is of that kind."""
-    answer = function(*args, **options)
-    if not isawaitable(answer):
-        return answer
-    try:
-        return _await(answer)
-    finally:
-        del answer  # likewise
-
-
-def _stand(loop: asyncio.AbstractEventLoop, place: Place[Any], limit: float | None) -> None:
-    waiter = place.waiter = loop.create_future()
-    timer = None if limit is None else loop.call_later(limit, _expire, waiter)
-    try:
-        _await(waiter)
-    finally:
-        place.waiter = None
-        if timer is not None:
-            timer.cancel()
-
-
-def _sleep(loop: asyncio.AbstractEventLoop, place: Place[Any], duration: float) -> None:
-    _stand(loop, place, min(duration, LONGEST_SLEEP))
-
-
-def _expire(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
-
-
-class _Job(greenlet):
-    """A greenlet that callbacks of the loop run. No task: nobody can cancel what he does not know of, neither before it
-    has begun, nor between two steps. A coroutine that it awaits runs in a task."""
-
-    #: When, by the loop's clock, it gets a TimeoutError instead of what it awaits.
-    until: float | None = None
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        jobs: set[_Job],
-        function: Callable[..., object],
-        args: tuple[object, ...],
-    ) -> None:
-        """
-        :param jobs: they keep it while it waits, and nobody else does, or a future and it would keep each other.
-        """
-        super().__init__(functools.partial(function, *args))
-        self._loop = loop
-        self._jobs = weakref.ref(jobs)
-        self._awaited: asyncio.Future[Any] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._tell = functools.partial(_tell, weakref.ref(self))
-
-    def begin(self) -> None:
-        """Run it, until it awaits something."""
-        jobs = self._jobs()
-        if jobs is not None:
-            jobs.add(self)
-            del jobs
-            self.gr_context = contextvars.copy_context()
-            self._goes_on(self.switch)
-
-    def _goes_on(self, resume: Callable[..., Any], *args: object) -> None:
-        self.parent = getcurrent()
-        try:
-            awaited = resume(*args)
-        finally:
-            if self.dead and (jobs := self._jobs()) is not None:
-                jobs.discard(self)
-        if self.dead:
-            return
-        if not asyncio.isfuture(awaited):
-            # Not wrapped where it need not be: who is cancelled before his first step begins nothing.
-            awaited = self._loop.create_task(awaited if asyncio.iscoroutine(awaited) else _awaits(awaited))
-        self._awaited = awaited  # the loop itself refers to a task by a weak reference
-        awaited.add_done_callback(self._tell)
-        if self.until is not None:
-            self._timer = self._loop.call_at(self.until, self._is_late)
-
-    def has_come(self, awaited: asyncio.Future[Any]) -> None:
-        """What it awaits is there."""
-        self._awaited = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        error = asyncio.CancelledError() if awaited.cancelled() else awaited.exception()
-        if error is None:
-            self._goes_on(self.switch, awaited.result())
-            return
-        try:
-            self._goes_on(self.throw, type(error), error, error.__traceback__)
-        except (KeyboardInterrupt, SystemExit) as same:
-            if same is not error:  # else the task has raised it already, out of the loop
-                raise
-        finally:
-            del error  # it refers to this frame
-
-    def _is_late(self) -> None:
-        awaited, self._awaited, self._timer = self._awaited, None, None
-        assert awaited is not None
-        awaited.remove_done_callback(self._tell)
-        awaited.add_done_callback(_ignore)
-        awaited.cancel()
-        self._goes_on(self.throw, TimeoutError)
-
-
-def _tell(ref: weakref.ref[_Job], awaited: asyncio.Future[Any]) -> None:
-    job = ref()
-    if job is not None:
-        job.has_come(awaited)
-
-
-def _ignore(future: asyncio.Future[Any]) -> None:
-    """Its error concerns nobody any more, and asyncio need not print it."""
-    if not future.cancelled():
-        future.exception()
-
-
-def _set_limit(until: float | None) -> None:
-    """Of the job that is running."""
-    job = getcurrent()
-    assert isinstance(job, _Job)
-    job.until = until
-
-
-async def _awaits(awaitable: Awaitable[R]) -> R:
-    return await awaitable
-
-
 class Endpoint(GroupEndpoint[C], Pool[C]):
     """The pool of one endpoint of a group."""
 
@@ -779,7 +531,7 @@ class PoolGroup(Group[C, Pool[C], Lease[C]]):
     async def _run(self, function: Callable[..., None], *args: object) -> None:
         if get_running_loop() is not self._home:
             raise PoolError(f"{self._label} was made in another event loop, and serves that one only: make one in each")
-        await _in_greenlet(_spares.setdefault(get_running_loop(), _Spares()), function, *args)
+        await in_greenlet(spares_of(get_running_loop()), function, *args)
 
     async def __aenter__(self: G) -> G:
         return self

@@ -133,30 +133,31 @@ def _leave(monitor: Any) -> int:
         return times
 
 
-def _come_back(monitor: Any, times: int) -> None:
-    """Enter it so often, whatever is raised meanwhile by a signal's handler: without it nothing could be undone."""
-    interrupted = None
-    while True:
-        try:
-            for _ in range(times):
-                monitor.acquire()
-            break
-        except BaseException as error:
-            interrupted = error
-            _leave(monitor)
-    if interrupted is not None:
-        try:
-            raise interrupted
-        finally:
-            del interrupted
-
-
 def _call_outside(monitor: Any, function: Callable[..., R], /, *args: Any, **options: Any) -> R:
-    times = _leave(monitor)
+    """Call it with the monitor left altogether, and come back, whatever a signal's handler raises on the way: nothing
+    could be undone without it."""
+    times = None
+    interrupted = None
     try:
+        times = _leave(monitor)
         return function(*args, **options)
     finally:
-        _come_back(monitor, times)
+        if times is None:  # somewhere in there
+            _leave(monitor)
+            times = 1  # nobody waits, and nothing of the user's is called, in a call within a call
+        while True:
+            try:
+                for _ in range(times):
+                    monitor.acquire()
+                break
+            except BaseException as error:
+                interrupted = error
+                _leave(monitor)
+        if interrupted is not None:
+            try:
+                raise interrupted
+            finally:
+                del interrupted
 
 
 def _stand_still(monitor: Any, place: Place[Any], limit: float | None) -> None:
@@ -165,11 +166,9 @@ def _stand_still(monitor: Any, place: Place[Any], limit: float | None) -> None:
     waiter = place.waiter = allocate_lock()
     place.waking = get_ident()
     waiter.acquire()
-    times = _leave(monitor)
     try:
-        waiter.acquire(True, -1 if limit is None else min(limit, threading.TIMEOUT_MAX))
+        _call_outside(monitor, waiter.acquire, True, -1 if limit is None else min(limit, threading.TIMEOUT_MAX))
     finally:
-        _come_back(monitor, times)
         place.waiter = None
 
 
@@ -271,8 +270,9 @@ class Pool(BlockingPool[C]):
 
     What differs is due to one thing: a thread cannot be interrupted from outside.
 
-    * Where greenlets are killed, give `timeout` to whatever may wait. A ``KeyboardInterrupt``, which the main thread
-      alone gets, counts as a kill.
+    * Where greenlets are killed, give `timeout` to whatever may wait. A ``KeyboardInterrupt`` that the main thread gets
+      while it waits, or inside a block, counts as a kill. One that strikes in the microseconds in which the pool itself
+      decides can cost a slot: where a program goes on after it, have the signal's handler set a flag instead.
     * A ``close()`` that takes longer than `close_grace`, or a ``keepalive()`` that takes longer than `keepalive_grace`,
       gives up its slot or its connection in time; the thread that is in there ends when the call does.
     * `reclaim` takes back what a thread had borrowed and not given back when it ended.
@@ -399,11 +399,8 @@ class Pool(BlockingPool[C]):
         return functools.partial(_call_outside, self._monitor)
 
     def _within(self, limit: float, function: Callable[..., R], *args: Any) -> R:
-        times = _leave(self._monitor)
-        try:
-            return crew.within(limit, function, args)
-        finally:
-            _come_back(self._monitor, times)
+        answer: R = _call_outside(self._monitor, crew.within, limit, function, args)
+        return answer
 
     def _borrower(self) -> object:
         return threading.current_thread()

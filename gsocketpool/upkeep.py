@@ -284,6 +284,8 @@ class Alone(Keeper):
         try:
             while (pool := ref()) is not None and not pool._closed:
                 pause = tend(pool)
+                if pool._closed:  # meanwhile, and nobody will wake who was not asleep
+                    break
                 del pool
                 sleep(self._alarm, pause)
         except (KeyboardInterrupt, SystemExit):
