@@ -15,7 +15,6 @@ import contextvars
 import functools
 import logging
 import os
-import weakref
 from asyncio import get_running_loop
 from collections.abc import Callable
 from threading import get_ident
@@ -43,7 +42,7 @@ from gsocketpool.group import Group
 from gsocketpool.retrying import for_asyncio as retry
 from gsocketpool.stats import GroupStats, Holder, PoolStats
 from gsocketpool.streams import Connection, StreamConnection, TcpConnection, UnixConnection
-from gsocketpool.upkeep import stirs
+from gsocketpool.upkeep import stirred
 
 __all__ = [
     "BreakerOpenError",
@@ -460,10 +459,10 @@ class Pool(Driver[C]):
     def _watch(self, descriptor: int, member: Member[C]) -> object:
         watch = _Watch(descriptor)
         try:
-            self._loop.add_reader(descriptor, _stirred, weakref.ref(self), member)
+            self._loop.add_reader(descriptor, stirred, self._ref, member)
         except RuntimeError:  # a transport of the loop's has it: watch the same socket under another number
             watch.duplicate()
-            self._loop.add_reader(watch.descriptor, _stirred, weakref.ref(self), member)
+            self._loop.add_reader(watch.descriptor, stirred, self._ref, member)
         return watch
 
     def _unwatch(self, watch: Any) -> None:
@@ -489,14 +488,6 @@ class _Watch:
     def __del__(self) -> None:
         if self._is_mine:
             os.close(self.descriptor)
-
-
-def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any]) -> None:
-    """Called by the loop when there is something to read on an idle connection."""
-    pool = ref()
-    if pool is not None:
-        pool._upkeep.look_away(pool, member)  # or the loop would call again at once
-        pool._spawn(stirs, pool, member)
 
 
 class Endpoint(GroupEndpoint[C], Pool[C]):

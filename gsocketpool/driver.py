@@ -104,8 +104,8 @@ class Borrowing(Generic[C]):
 class Driver(Core[C]):
     """A pool, but for how it is called and how it waits. See :class:`gsocketpool.Pool` for what the parameters mean."""
 
-    #: The module from which this runtime's names are imported.
-    _runtime: ClassVar[str]
+    #: The module from which this runtime's names are imported; the package's streams must be of the same. "": of any.
+    _runtime: ClassVar[str] = ""
 
     #: What error texts call the place where a pool is at home.
     _home_name: ClassVar[str] = "thread"
@@ -776,7 +776,7 @@ class Driver(Core[C]):
     def _vet(self, connection: C) -> None:
         refuse_coroutine(connection, "factory")
         self._operations.vet(connection)
-        if isinstance(connection, AnyStream) and connection._runtime != self._runtime and not is_patched():
+        if isinstance(connection, AnyStream) and self._runtime not in ("", connection._runtime) and not is_patched():
             raise TypeError(
                 f"the factory of {self._label} returned a connection of {connection._runtime}, which this pool cannot "
                 f"wait for: import both from {self._runtime}"
@@ -1023,8 +1023,8 @@ class Driver(Core[C]):
         return None
 
     def _watch(self, descriptor: int, member: Member[C]) -> object:
-        """Have `upkeep.stirs` called once, in the background, when there is something to read from a descriptor. None,
-        the default, if one cannot know: then a peer's hanging up is noticed when the connection is lent."""
+        """Have `upkeep.stirred` called, with `_ref` and the member, when there is something to read from a descriptor.
+        None, the default, if one cannot know: then a peer's hanging up is noticed when the connection is lent."""
         return None
 
     def _unwatch(self, watch: Any) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import _socket
 import functools
 import os
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -39,7 +38,7 @@ from gsocketpool.group import Endpoint as GroupEndpoint
 from gsocketpool.retrying import for_eventlet as retry
 from gsocketpool.sockets import EventletSockets
 from gsocketpool.stats import GroupStats, Holder, PoolStats
-from gsocketpool.upkeep import stirs
+from gsocketpool.upkeep import stirred
 
 __all__ = [
     "BreakerOpenError",
@@ -296,9 +295,9 @@ class Pool(BlockingPool[C]):
 
     def _watch(self, descriptor: int, member: Member[C]) -> object:
         hub = self._home.look()
-        stirred = functools.partial(_stirred, weakref.ref(self), member)
+        told = functools.partial(stirred, self._ref, member)
         try:
-            return hub, hub.add(hub.READ, descriptor, stirred, stirred, None)
+            return hub, hub.add(hub.READ, descriptor, told, told, None)
         except OSError:  # no socket: the hub has noted it all the same
             hub.listeners[hub.READ].pop(descriptor, None)
             raise
@@ -336,14 +335,6 @@ class Pool(BlockingPool[C]):
 
     def _may_raise(self, error: BaseException) -> bool:
         return not isinstance(error, GreenletExit)
-
-
-def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any], _: object) -> None:
-    """Called by the hub when there is something to read on an idle connection, or its descriptor is another's now."""
-    pool = ref()
-    if pool is not None:
-        pool._upkeep.look_away(pool, member)  # or the hub would call again at once
-        pool._spawn(stirs, pool, member)
 
 
 class Endpoint(GroupEndpoint[C], Pool[C]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -17,7 +16,7 @@ from gsocketpool.blocking import BlockingGroup, BlockingPool
 from gsocketpool.core import Member, Place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 from gsocketpool.group import Endpoint as GroupEndpoint
-from gsocketpool.upkeep import stirs
+from gsocketpool.upkeep import stirred
 
 __all__ = ["ConnectionNotFoundError", "Pool", "PoolClosedError", "PoolError", "PoolExhaustedError", "PoolGroup"]
 
@@ -218,7 +217,7 @@ class Pool(BlockingPool[C]):
 
     def _watch(self, descriptor: int, member: Member[C]) -> object:
         watcher = self._hub.loop.io(descriptor, READ, ref=False)
-        watcher.start(_stirred, weakref.ref(self), member)
+        watcher.start(stirred, self._ref, member)
         return watcher
 
     def _unwatch(self, watch: Any) -> None:
@@ -269,14 +268,6 @@ def _sleep(place: Place[Any], duration: float) -> None:
         place.waiter = None
         if place.waking is not None:
             place.waking.stop()
-
-
-def _stirred(ref: weakref.ref[Pool[Any]], member: Member[Any]) -> None:
-    """Called by the hub, and only by the hub, when there is something to read on an idle connection."""
-    pool = ref()
-    if pool is not None:
-        pool._upkeep.look_away(pool, member)  # or the hub would call again at once
-        pool._spawn(stirs, pool, member)
 
 
 def _begin(job: Callable[..., object], args: tuple[object, ...]) -> object:

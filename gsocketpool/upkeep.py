@@ -18,7 +18,7 @@ from gsocketpool.settings import Settings
 if TYPE_CHECKING:
     from gsocketpool.driver import Driver
 
-__all__ = ["Alone", "Keeper", "Rounds", "Upkeep", "stirs"]
+__all__ = ["Alone", "Keeper", "Rounds", "Upkeep", "stirred", "stirs"]
 
 #: Below this many seconds, `check_after_idle` checks each time: so fine a tick would cost more than the checks.
 FINEST_TICK: Final = 0.02
@@ -373,6 +373,15 @@ class Rounds(Keeper):
         self._entries += 1
         entry: Any = (when, self._entries, pool._ref)
         heappush(self._due, entry)
+
+
+def stirred(ref: weakref.ref[Any], member: Member[Any], *_: object) -> None:
+    """There is something to read on a connection that idles: what an event loop calls that `_watch` has told to. The
+    pool is referred to weakly, since a loop keeps what it calls."""
+    pool = ref()
+    if pool is not None:
+        pool._upkeep.look_away(pool, member)  # or the loop would call again at once
+        pool._spawn(stirs, pool, member)
 
 
 def stirs(pool: Driver[Any], member: Member[Any]) -> None:
