@@ -87,8 +87,8 @@ LIMITS: Final = [
     ),
     Limit(
         "eventlet",
-        "The child of a fork goes on with the parent's pool without further ado",
-        "Its hub would share an epoll with the parent's: call `eventlet.hubs.use_hub()` first.",
+        "The child of a fork goes on with the parent's pool, with eventlet's hub over asyncio",
+        "That hub does not outlive a fork. eventlet's others do.",
     ),
     Limit(
         "eventlet",
