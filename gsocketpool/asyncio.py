@@ -20,7 +20,7 @@ from collections.abc import Callable
 from threading import get_ident
 from time import monotonic
 from types import EllipsisType, FrameType, TracebackType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from greenlet import GreenletExit, getcurrent
 
@@ -74,7 +74,19 @@ P = TypeVar("P", bound="Pool[Any]")
 G = TypeVar("G", bound="PoolGroup[Any]")
 
 
-class Lease(Borrowing[C]):
+class _Async:
+    """Entered by ``async with`` only."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} of gsocketpool.asyncio is entered by `async with`, not by `with`")
+
+    def __exit__(self, *_: object) -> None:
+        raise NotImplementedError
+
+
+class Lease(_Async, Borrowing[C]):
     """What :meth:`Pool.connection` returns: borrows when the block is entered, gives back when it is left."""
 
     __slots__ = ()
@@ -144,7 +156,7 @@ class LeaseByHand(Lease[C]):
             self._pool._discard(member)
 
 
-class Pool(Driver[C]):
+class Pool(_Async, Driver[C]):
     """A pool of connections for the tasks of one event loop.
 
     ::
@@ -167,6 +179,7 @@ class Pool(Driver[C]):
 
     _lease: ClassVar[type[Lease[Any]]] = Lease
     _home_name = "event loop"
+    _awaits = True
 
     _runtime = "gsocketpool.asyncio"
 
@@ -494,7 +507,7 @@ class Endpoint(GroupEndpoint[C], Pool[C]):
     """The pool of one endpoint of a group."""
 
 
-class PoolGroup(Group[C, Pool[C], Lease[C]]):
+class PoolGroup(_Async, Group[C, Pool[C], Lease[C]]):
     """A pool for each endpoint, made when it is first asked for, all with the same parameters; and one cap over all.
 
     ::

@@ -107,6 +107,9 @@ class Driver(Core[C]):
     #: The module from which this runtime's names are imported; the package's streams must be of the same. "": of any.
     _runtime: ClassVar[str] = ""
 
+    #: Whether what the user has written may be ``async``.
+    _awaits: ClassVar[bool] = False
+
     #: What error texts call the place where a pool is at home.
     _home_name: ClassVar[str] = "thread"
 
@@ -206,7 +209,7 @@ class Driver(Core[C]):
         self._factory = factory
         self._options: dict[str, Any] = dict(options or {})
         self._call = self._caller()
-        self._operations = operations_of(factory, self._call)
+        self._operations = operations_of(factory, self._call, self._awaits)
         self._usual_limit = self._limit(10, 0, ...)
         self._ledger = Ledger(leak_threshold, reclaim) if records else None
         self._ready: list[Place[C]] = []
@@ -340,7 +343,7 @@ class Driver(Core[C]):
         self._vet(connection)
         self.claim(connection)
         try:
-            refuse_coroutine(self._operations.open(connection), "open()")
+            refuse_coroutine(self._operations.open(connection), f"open() of {describe(connection)}")
         except BaseException:
             self._close_half_open(connection, epoch)
             raise
@@ -774,7 +777,7 @@ class Driver(Core[C]):
             self._wake(place)
 
     def _vet(self, connection: C) -> None:
-        refuse_coroutine(connection, "factory")
+        refuse_coroutine(connection, f"the factory of {self._label}")
         self._operations.vet(connection)
         if isinstance(connection, AnyStream) and self._runtime not in ("", connection._runtime) and not is_patched():
             raise TypeError(
@@ -1049,7 +1052,7 @@ def refuse_coroutine(answer: object, whose: str) -> None:
     """What was to be awaited has not been: it must not pass for done."""
     if isinstance(answer, Coroutine):
         answer.close()
-        raise TypeError(f"the {whose} is async, which only pools of gsocketpool.asyncio can await")
+        raise TypeError(f"{whose} answered a coroutine: only a pool of gsocketpool.asyncio can await it")
 
 
 def is_patched() -> bool:

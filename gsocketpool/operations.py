@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from inspect import iscoroutinefunction
 from typing import Any, Generic, Protocol, TypeVar
 
-from gsocketpool.connection import Connection, Wrap
+from gsocketpool.connection import AnyStream, Connection, Wrap
 
 __all__ = ["Functions", "Methods", "Operations", "describe", "descriptor_of", "operations_of", "plainly"]
 
@@ -54,10 +55,15 @@ class Operations(Protocol[T_contra]):
 class Methods:
     """The methods of a `Connection`."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, call: Callable[..., Any], awaits: bool) -> None:
         self._call = call
+        self._awaits = awaits
+        self._known: type | None = None
 
     def vet(self, connection: Connection) -> None:
+        if type(connection) is not self._known and not self._awaits:
+            refuse_async(type(connection).__name__, type(connection))
+        self._known = type(connection)
         if not isinstance(connection, Connection):
             raise TypeError(
                 f"the factory returned {describe(connection)}, which is no gsocketpool.Connection: inherit that, or, "
@@ -161,6 +167,15 @@ def describe(connection: object) -> str:
     return f"<{type(connection).__name__} at {id(connection):#x}>"
 
 
+def refuse_async(name: str, treatment: object) -> None:
+    """Nobody would await what these answer, and it would pass for done, or for true."""
+    if isinstance(treatment, type) and issubclass(treatment, AnyStream):
+        return  # the pool says which to use
+    for method in ("open", "close", "check", "reset", "keepalive"):
+        if iscoroutinefunction(getattr(treatment, method, None)):
+            raise TypeError(f"{name}.{method}() is async: only a pool of gsocketpool.asyncio can await it")
+
+
 class Called:
     """Operations, each of which is called by a function of the runtime's."""
 
@@ -175,10 +190,17 @@ def plainly(function: Callable[..., R], *args: Any, **options: Any) -> R:
     return function(*args, **options)
 
 
-def operations_of(factory: object, call: Callable[..., Any] = plainly) -> Operations[Any]:
+def operations_of(factory: object, call: Callable[..., Any] = plainly, awaits: bool = False) -> Operations[Any]:
     """The operations for what this factory makes.
 
     :param call: calls what the user has written.
+    :param awaits: it awaits what that answers, where it can be awaited.
+    :raises TypeError: it does not, and it is seen already that it should.
     """
-    operations: Any = Functions(factory) if isinstance(factory, Wrap) else Methods(call)
+    if not awaits:
+        if isinstance(factory, Wrap):
+            refuse_async("wrap", factory)
+        elif isinstance(factory, type) and issubclass(factory, Connection):
+            refuse_async(factory.__name__, factory)
+    operations: Any = Functions(factory) if isinstance(factory, Wrap) else Methods(call, awaits)
     return operations if call is plainly else Called(operations, call)  # type: ignore[return-value]

@@ -50,26 +50,57 @@ def test_a_connection_of_another_runtime_is_refused_and_says_where_to_find_the_r
             listener.accept()
 
 
+class Plain(gsocketpool.Connection):
+    """Nothing of it is called."""
+
+    def open(self) -> object:
+        raise AssertionError("it was to be refused")
+
+    close = open
+
+    def is_connected(self) -> bool:
+        return False
+
+
+async def later(*_: object) -> bool:
+    raise AssertionError("nobody awaits this")
+
+
+@pytest.mark.parametrize("method", ["open", "close", "check", "reset", "keepalive"])
 @pytest.mark.parametrize("module", BLOCKING, ids=lambda module: module.__name__)
-def test_an_async_open_is_refused_where_nobody_would_await_it(module: Any) -> None:
-    class Later(gsocketpool.Connection):
-        async def open(self) -> None:
-            raise AssertionError("nobody awaits this")
+def test_an_async_method_is_refused_where_nobody_would_await_it(module: Any, method: str) -> None:
+    kind = type("Later", (Plain,), {method: later})
+    refusal = rf"^Later\.{method}\(\) is async: only a pool of gsocketpool.asyncio can await it$"
+    with pytest.raises(TypeError, match=refusal):
+        module.Pool(kind)
+    with pytest.raises(TypeError, match=refusal):
+        run(module, lambda: kind())
+    with pytest.raises(TypeError, match=refusal.replace("Later", "wrap")):
+        functions: dict[str, Any] = {"open": object, "close": id, method: later}
+        module.Pool(gsocketpool.wrap(**functions))
+
+
+@pytest.mark.parametrize("module", BLOCKING, ids=lambda module: module.__name__)
+def test_so_is_a_coroutine_in_disguise(module: Any) -> None:
+    class Later(Plain):
+        def open(self) -> object:
+            return later()
 
         def close(self) -> None:
-            raise AssertionError("nothing was opened")
+            pass
 
-        def is_connected(self) -> bool:
-            return False
-
-    with pytest.raises(TypeError, match=r"^the open\(\) is async, which only pools of gsocketpool.asyncio can await$"):
+    with pytest.raises(TypeError, match="^open.. of <Later at .*> answered a coroutine: only a pool of gsocketpool.as"):
         run(module, Later)
+    with pytest.raises(TypeError, match="^the factory of .* answered a coroutine: only a pool of gsocketpool.asyncio"):
+        run(module, gsocketpool.wrap(lambda: later(), close=id))
 
 
-@pytest.mark.parametrize("module", BLOCKING, ids=lambda module: module.__name__)
-def test_so_is_an_async_function_that_is_wrapped(module: Any) -> None:
-    async def connect() -> object:
-        raise AssertionError("nobody awaits this")
+def test_with_instead_of_async_with_says_so() -> None:
+    async def main() -> None:
+        async with gsocketpool.asyncio.Pool(Plain) as pool, gsocketpool.asyncio.PoolGroup(Plain) as group:
+            for context in (pool, pool.connection(), group, group.connection()):
+                name = type(context).__name__
+                with pytest.raises(TypeError, match=f"a {name} of gsocketpool.asyncio is entered by `async with`, not"):
+                    context.__enter__()
 
-    with pytest.raises(TypeError, match="^the factory is async, which only pools of gsocketpool.asyncio can await$"):
-        run(module, gsocketpool.wrap(connect, close=lambda connection: None))
+    asyncio.run(main())

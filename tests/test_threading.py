@@ -931,7 +931,9 @@ generator.close()
 connection = pool.acquire()
 sys.modules["kept"] = type(sys)("kept")  # until modules are taken apart
 sys.modules["kept"].late = Late()
-atexit.register(lambda: (threading.Thread(target=hold, daemon=True).start(), entered.wait()))
+goes = threading.Event()
+threading.Thread(target=lambda: goes.wait() and hold(), daemon=True).start()  # at exit none can be started
+atexit.register(lambda: (goes.set(), entered.wait()))
 """
     assert run(program).split("\n") == [
         "<Pool of Plain: 1 idle, 0 in use, 0 opening, 0 waiting, max 1>",
