@@ -1,18 +1,21 @@
 """Sphinx's settings. Build with ``make docs``."""
 
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gsocketpool
 
+warnings.filterwarnings("ignore", r"\s*Eventlet is deprecated")  # which its reference has to import
+
 project = "gsocketpool"
 author = "the gsocketpool authors"
 copyright = "2026, the gsocketpool authors"
 release = version = gsocketpool.__version__
 
-extensions = ["sphinx.ext.autodoc"]
+extensions = ["sphinx.ext.autodoc", "sphinx_design"]
 exclude_patterns = ["_build"]
 default_role = "code"
 
@@ -25,9 +28,14 @@ add_module_names = False
 
 # Every name of our own must lead somewhere. Other projects' would need their inventories, from the network.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!gsocketpool\.).*"), (r"py:.*", r"gsocketpool\.(blocking\..*|\w+\.[CR])")]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!gsocketpool\.).*"),
+    (r"py:.*", r"gsocketpool\.(blocking\..*|asyncio\.Lease|\w+\.[CR])"),
+]
 
 html_theme = "furo"
 html_title = f"gsocketpool {release}"
 html_show_sphinx = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["phone.css"]

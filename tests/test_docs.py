@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -15,8 +17,10 @@ from sybil import Sybil
 from sybil.parsers.rest import DocTestParser, PythonCodeBlockParser
 
 import gsocketpool
+import gsocketpool.asyncio
 from gsocketpool.blocking import BlockingPool
 
+from .conformance.limits import table
 from .conftest import Logged
 from .peers import Postgres
 
@@ -64,6 +68,11 @@ def test_the_pages_that_teach_have_examples() -> None:
     pages = [ROOT / "README.rst", *(DOCS / name for name in ("index.rst", "tutorial.rst", "connections.rst"))]
     for page in [*pages, *(DOCS / "howto").glob("*.rst"), *(DOCS / "coming").glob("*.rst")]:
         assert list(SYBIL.parse(page).examples()) or "literalinclude:: ../../examples/" in page.read_text(), page
+
+
+def test_the_table_of_what_a_runtime_cannot_promise_is_the_one_that_the_tests_go_by() -> None:
+    written = (DOCS / "runtimes-limits.inc").read_text(encoding="utf-8")
+    assert written == table(), "python -m tests.conformance.limits > docs/runtimes-limits.inc"
 
 
 def run(example: str, *arguments: str) -> list[str]:
@@ -118,6 +127,16 @@ def test_the_endpoints_example_runs(postgres: Postgres) -> None:
     ]
 
 
+def test_the_endpoints_example_for_threads_runs(postgres: Postgres) -> None:
+    replica = f"{postgres.dsn} dbname=template1"
+    assert run("endpoints_threads.py", postgres.dsn, replica, replica) == [
+        "primary: ('postgres',)",
+        "replica-1: ('template1',)",
+        "1 time lent to who asked for primary",
+        "1 time lent to who asked for replica-1",
+    ]
+
+
 def test_the_retry_example_runs() -> None:
     assert run("retry.py") == [
         "300 requests answered, the last with b'question 9.29'",
@@ -131,6 +150,15 @@ def test_the_fork_example_runs() -> None:
         "<Pool of TcpConnection: 0 idle, 0 in use, 0 opening, 0 waiting, max 200>",
         "the child on connection 2",
         "the parent on connection 1",
+    ]
+
+
+def test_the_example_of_an_own_runtime_runs() -> None:
+    assert run("own_runtime.py") == [
+        "30 replies over 3 connections",
+        "none to be had in 0.1 s",
+        "killed: 1; the next one hears 'is it my turn?'",
+        "<Pool of TcpConnection: 0 idle, 0 in use, 0 opening, 0 waiting, closed>",
     ]
 
 
@@ -166,12 +194,43 @@ def test_every_public_method_of_the_pool_is_in_the_reference() -> None:
         assert re.search(rf"^ *\.\. auto\w+:: gsocketpool\.Pool\.{name}$", reference, re.MULTILINE), name
 
 
+@pytest.mark.parametrize("runtime", ["threading", "asyncio", "eventlet"])
+def test_every_name_that_a_runtime_has_of_its_own_is_in_its_reference(runtime: str) -> None:
+    module = importlib.import_module(f"gsocketpool.{runtime}")
+    reference = (DOCS / "api" / f"{runtime}.rst").read_text(encoding="utf-8")
+    assert sorted(module.__all__) == sorted(gsocketpool.__all__)
+    own = [name for name in module.__all__ if getattr(module, name) is not getattr(gsocketpool, name)]
+    assert {"Pool", "PoolGroup", "TcpConnection", "UnixConnection", "StreamConnection", "retry"} <= {*own}
+    for name in own:
+        assert re.search(rf"^\.\. auto\w+:: gsocketpool\.{runtime}\.{name}$", reference, re.MULTILINE), name
+
+
+def test_every_method_that_is_awaited_is_in_the_reference() -> None:
+    reference = (DOCS / "api" / "asyncio.rst").read_text(encoding="utf-8")
+    for name, method in vars(gsocketpool.asyncio.Pool).items():
+        if not name.startswith("_") and inspect.iscoroutinefunction(method):
+            assert f".. automethod:: gsocketpool.asyncio.Pool.{name}\n" in reference, name
+
+
+def test_the_page_for_who_writes_a_runtime_names_each_primitive() -> None:
+    source = (ROOT / "gsocketpool" / "driver.py").read_text(encoding="utf-8")
+    primitives = source.partition("# What a runtime supplies")[2].partition("\ndef ")[0]
+    page = (DOCS / "howto" / "own-runtime.rst").read_text(encoding="utf-8")
+    needed, _, optional = page.partition("These may be left out:")
+    found = re.findall(r"def (_\w+)\((?:.|\n)*?(?=\n    def|\n    @|\Z)", primitives)
+    assert {"_park", "_end"} <= {*found}
+    for name in found:
+        body = primitives.partition(f"def {name}(")[2].partition("\n    def ")[0]
+        where = needed if "raise NotImplementedError" in body else optional
+        assert f"``{name}(" in where, name
+
+
 def test_the_proof_of_each_guarantee_exists() -> None:
     page = (DOCS / "guarantees.rst").read_text(encoding="utf-8")
     proofs = dict(re.findall(r"^G(\d+): .*?^:The proof: (.*?)\n\n", page, re.MULTILINE | re.DOTALL))
     assert sorted(map(int, proofs)) == [*range(1, 13)]
     for number, proof in proofs.items():
-        files = re.findall(r"``(tests/\w+\.py)``", proof)
+        files = re.findall(r"``(tests/[\w/]+\.py)``", proof)
         assert files, f"G{number} names no file"
         for name in files:
             text = (ROOT / name).read_text(encoding="utf-8")

@@ -1,0 +1,57 @@
+"""A primary and two replicas of PostgreSQL under one roof, with psycopg 3, for threads.
+
+Run it with three connection strings: python examples/endpoints_threads.py "host=a" "host=b" "host=c"
+"""
+
+import select
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+
+from gsocketpool.threading import PoolGroup, wrap
+
+
+def is_quiet(conn):
+    """An idle PostgreSQL connection on which something arrived was ended by the server, or is about to be."""
+    look = select.poll()
+    look.register(conn.fileno(), select.POLLIN)
+    return not conn.closed and not look.poll(0)
+
+
+def main(primary, first_replica, second_replica):
+    places = {"primary": primary, "replica-1": first_replica, "replica-2": second_replica}
+
+    def connect(endpoint):
+        return psycopg.connect(places[endpoint], connect_timeout=5)
+
+    group = PoolGroup(
+        wrap(connect, check=is_quiet, reset=lambda conn: conn.rollback()),
+        key=lambda endpoint: endpoint,  # so stats() calls them "primary" and so on
+        acquire_timeout=2,
+        idle_timeout=60,
+        max_lifetime=600,
+        min_idle=3,
+        max_connections=10,
+        max_total=15,
+        name="db",
+    )
+
+    def ask(endpoint):
+        with group.connection(endpoint=endpoint) as conn:
+            return conn.execute("select current_database()").fetchone()
+
+    with ThreadPoolExecutor() as threads:  # one group for all of them
+        answers = list(threads.map(ask, ["primary", "replica-1"]))
+
+    print("primary:", answers[0])
+    print("replica-1:", answers[1])
+
+    for name, stats in sorted(group.stats().endpoints.items()):
+        print(f"{stats.acquired} time lent to who asked for {name}")
+
+    group.close(timeout=5)  # dials for min_idle may be under way: wait for them too
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
