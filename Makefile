@@ -52,7 +52,7 @@ bench: peers
 	@$(BIN)/python -m benchmarks
 
 faults: $(VENV)/.test
-	@GSOCKETPOOL_FAULTS=write $(BIN)/python -m pytest tests/test_faults.py
+	@GSOCKETPOOL_FAULTS=write $(BIN)/python -m pytest tests/conformance/test_faults.py
 
 soak: $(VENV)/.test
 	@$(BIN)/python -m tests.soak

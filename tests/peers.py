@@ -250,7 +250,7 @@ class Peer:
 
     def _workers(self) -> list[psutil.Process]:
         assert self._process is not None, f"{self!r} does not run"
-        return psutil.Process(self._process.pid).children(recursive=True)
+        return _children(self._process.pid)
 
     def _signal(self, number: signal.Signals, pids: list[int]) -> None:
         for pid in pids:
@@ -275,6 +275,19 @@ class Peer:
         while any(map(_lives, workers)):
             assert time.monotonic() < deadline, f"{workers} outlived {self!r}"
             time.sleep(0.005)
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    """Those of a process, and theirs."""
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:  # psutil looks through all processes, which takes its time
+        return psutil.Process(pid).children(recursive=True)
+    children: list[psutil.Process] = []
+    for each in map(int, found):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children += [psutil.Process(each), *_children(each)]
+    return children
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -430,14 +443,17 @@ class Nginx(Peer):
     | ``/echo?TEXT``          | TEXT, the connection's number, and the request's number on that connection        |
     | ``/brief``              | the same; then the connection is closed after 50 ms without another request      |
     | ``/last``               | the same; then the connection is closed                                          |
-    | ``/upstream?TEXT``      | whatever an HTTP server at `upstream_port` answers, if the test runs one         |
+    | ``/upstream?port=PORT`` | whatever an HTTP server at that port answers, if the test runs one               |
     """
 
     name = "nginx"
 
     def prepare(self) -> None:
         self.tls_port = free_port()
-        self.upstream_port = free_port()
+        # In the kernel's table: local port, remote end, state, ..., inode. Those without one are waiting to be
+        # accepted, or gone.
+        ports = f"{self.port:04X}|{self.tls_port:04X}"
+        self._of_clients = re.compile(rf":(?:{ports}) \S+ (?!0A)\S+ \S+ \S+ \S+ +\S+ +\S+ (?!0 )(\d+) ".encode())
         self.authority = trustme.CA()
         certificate = self.authority.issue_cert(self.host, "localhost")
         certificate.private_key_and_cert_chain_pem.write_to_path(str(self.folder / "certificate.pem"))
@@ -467,7 +483,7 @@ class Nginx(Peer):
                     location = /echo {{ {answer} }}
                     location = /brief {{ keepalive_timeout 50ms; {answer} }}
                     location = /last {{ keepalive_requests 1; {answer} }}
-                    location = /upstream {{ proxy_pass http://{self.host}:{self.upstream_port}; }}
+                    location = /upstream {{ proxy_pass http://{self.host}:$arg_port; }}
                 }}
             }}
             """
@@ -487,12 +503,31 @@ class Nginx(Peer):
 
     def ready(self) -> None:
         for port in self.port, self.tls_port:
-            socket.create_connection((self.host, port), PATIENCE).close()
+            with socket.create_connection((self.host, port), PATIENCE) as conn:
+                conn.shutdown(socket.SHUT_WR)
+                conn.settimeout(PATIENCE)
+                conn.recv(1)  # until it has closed its end, too
+        with contextlib.suppress(FileNotFoundError):
+            self._own_sockets = self._sockets(self._pids())
 
     def connections(self) -> int:
+        pids = self._pids()
+        with contextlib.suppress(FileNotFoundError):
+            # psutil reads the same table, which may be long, each time, and makes much of each line.
+            if self._sockets(pids) == self._own_sockets:
+                return 0
+            # A set, since one may stand there twice if the table changes while it is read.
+            return len(set(self._of_clients.findall(Path("/proc/net/tcp").read_bytes())))
         ports = {self.port, self.tls_port}
         return sum(
             conn.status != psutil.CONN_LISTEN and bool(conn.laddr) and conn.laddr.port in ports
-            for pid in self._pids()
+            for pid in pids
             for conn in psutil.Process(pid).net_connections("tcp")
         )
+
+    def _sockets(self, pids: list[int]) -> int:
+        found = 0
+        for each in (each for pid in pids for each in Path(f"/proc/{pid}/fd").iterdir()):
+            with contextlib.suppress(FileNotFoundError):
+                found += os.readlink(each).startswith("socket:")
+        return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,6 @@ from gsocketpool import Pool, PoolExhaustedError, TcpConnection, wrap
 from gsocketpool.driver import LAST_MOMENT
 from tests.conftest import Logged
 from tests.dials import BOUND, Attempt
-from tests.faults import until
 from tests.lines import Line, borrow, give_back, line_pool
 from tests.servers import LineEchoServer
 
@@ -25,6 +24,13 @@ from tests.servers import LineEchoServer
 def server() -> Iterator[LineEchoServer]:
     with LineEchoServer() as server:
         yield server
+
+
+def until(what: str, happened: Callable[[], bool]) -> None:
+    """Wait until something has happened, and let everybody else run meanwhile."""
+    with gevent.Timeout(BOUND, AssertionError(f"{what}: it has not come to that in {BOUND:g} s")):
+        while not happened():
+            gevent.sleep(0.001)
 
 
 @contextmanager
