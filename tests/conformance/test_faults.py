@@ -74,7 +74,7 @@ class Child:
     def _start(self) -> subprocess.Popen[str]:
         script = ROOT / "tests" / "scripts" / "postgres_faults.py"
         with self._log.open("w") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-W", "error", str(script), self._runtime, self._server.dsn],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
                 stdin=subprocess.PIPE,
@@ -82,6 +82,10 @@ class Child:
                 stderr=log,
                 text=True,
             )
+        # It asks the server something first, which others' cells would kill.
+        assert process.stdout is not None
+        assert process.stdout.readline(), f"it ended:\n{self._log.read_text()}"
+        return process
 
     def _talk(self, process: subprocess.Popen[str], message: object) -> dict[str, Any]:
         assert process.stdin is not None

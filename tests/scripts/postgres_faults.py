@@ -1,8 +1,8 @@
 """The cells of the fault matrix that PostgreSQL is in, for greenlets: ``python postgres_faults.py RUNTIME DSN``, beside
 the test that runs it.
 
-Each line of its standard input names a cell; it answers with lines of JSON, some of which ask for something to be done
-to the server. Its standard error stays empty.
+It says when it is ready. Then each line of its standard input names a cell; it answers with lines of JSON, some of
+which ask for something to be done to the server. Its standard error stays empty.
 """
 
 import sys
@@ -72,8 +72,9 @@ if __name__ == "__main__":
     service = PostgresService(Remote(sys.argv[2]))
     complaints = Warnings()
     logging.getLogger("gsocketpool").addHandler(complaints)
-    service.arm()
+    service.arm()  # what the runtime opens once and keeps is open now
     service.let_go()
+    say(ready=True)
     while line := sys.stdin.readline():
         complaints.messages = []
         rt = make(sys.argv[1])
