@@ -9,28 +9,31 @@ OLD := $(VENV)/peers/gsocketpool-0.1.6
 # One process for each processor, each with servers of its own; more than a few would be in each other's way.
 SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
+# Which tests `make test` runs; all of them, if nothing is said.
+TESTS :=
+
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .PHONY: help demo test coverage check docs bench faults soak peers format clean
 .NOTPARALLEL:
 
 help:
-	@echo "make demo    a pool of ten at work, for five seconds"
-	@echo "make test    the whole test suite"
+	@echo "make demo      a pool of ten at work, for five seconds"
+	@echo "make test      the whole test suite"
 	@echo "make coverage  the same, and what of the package it runs, by branches"
-	@echo "make check   ruff and mypy"
-	@echo "make format  let ruff mend what it can"
-	@echo "make docs    the manual, in docs/_build/html"
-	@echo "make bench   all pools side by side"
-	@echo "make faults  what each fault costs, in front of real servers, written into the docs"
-	@echo "make soak    a month of a service: a million borrowings, in about two minutes"
-	@echo "make clean   remove whatever these made"
+	@echo "make check     ruff and mypy"
+	@echo "make format    let ruff mend what it can"
+	@echo "make docs      the manual, in docs/_build/html"
+	@echo "make bench     all pools side by side"
+	@echo "make faults    what each fault costs, in front of real servers, written into the docs"
+	@echo "make soak      a month of a service: a million borrowings, in about two minutes"
+	@echo "make clean     remove whatever these made"
 
 demo: $(VENV)/.demo
 	@$(BIN)/python -m gsocketpool
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 coverage: $(VENV)/.test
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term
