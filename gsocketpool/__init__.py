@@ -20,6 +20,7 @@ from gsocketpool.connection import (
     Wrap,
     wrap,
 )
+from gsocketpool.events import Listener
 from gsocketpool.exceptions import (
     BreakerOpenError,
     ConnectionNotFoundError,
@@ -29,6 +30,7 @@ from gsocketpool.exceptions import (
 )
 from gsocketpool.retrying import retry
 from gsocketpool.stats import GroupStats, Holder, PoolStats
+from gsocketpool.view import debug
 
 if TYPE_CHECKING:
     from gsocketpool.pool import Pool, PoolGroup
@@ -44,6 +46,7 @@ __all__ = [
     "GroupStats",
     "Holder",
     "LimitExceededError",
+    "Listener",
     "Pool",
     "PoolClosedError",
     "PoolError",
@@ -55,6 +58,7 @@ __all__ = [
     "TcpConnection",
     "UnixConnection",
     "Wrap",
+    "debug",
     "retry",
     "wrap",
 ]

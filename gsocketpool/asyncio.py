@@ -30,6 +30,7 @@ from gsocketpool.budget import Budget, Quota
 from gsocketpool.connection import EndOfStreamError, LimitExceededError, Wrap, wrap
 from gsocketpool.core import BY_HAND, NOBODY, RETIRED, Member, Place
 from gsocketpool.driver import Borrowing, Driver, exception, is_ours
+from gsocketpool.events import Listener
 from gsocketpool.exceptions import (
     BreakerOpenError,
     ConnectionNotFoundError,
@@ -43,6 +44,7 @@ from gsocketpool.retrying import for_asyncio as retry
 from gsocketpool.stats import GroupStats, Holder, PoolStats
 from gsocketpool.streams import Connection, StreamConnection, TcpConnection, UnixConnection
 from gsocketpool.upkeep import stirred
+from gsocketpool.view import debug
 
 __all__ = [
     "BreakerOpenError",
@@ -53,6 +55,7 @@ __all__ = [
     "GroupStats",
     "Holder",
     "LimitExceededError",
+    "Listener",
     "Pool",
     "PoolClosedError",
     "PoolError",
@@ -64,6 +67,7 @@ __all__ = [
     "TcpConnection",
     "UnixConnection",
     "Wrap",
+    "debug",
     "retry",
     "wrap",
 ]

@@ -49,7 +49,9 @@ def exhausted(
         parts += _who_holds(pool)
         advice = _advice(pool)
     text = "; ".join([*parts, advice])
-    return PoolExhaustedError(text, stats=stats, waited=waited, last_error=pool._last_error)
+    error = PoolExhaustedError(text, stats=stats, waited=waited, last_error=pool._last_error)
+    pool._tell("exhausted", error)
+    return error
 
 
 def broken(pool: Driver[Any], started: float) -> BreakerOpenError:
@@ -62,7 +64,7 @@ def broken(pool: Driver[Any], started: float) -> BreakerOpenError:
         f"{time.strftime('%H:%M:%S', time.localtime(pool._failing_since))}, the last with {pool._last_error!r}; "
         f"the next try is {when} (breaker={pool._break_after})"
     )
-    return BreakerOpenError(
+    error = BreakerOpenError(
         text,
         stats=pool.stats(),
         waited=monotonic() - started,
@@ -71,6 +73,8 @@ def broken(pool: Driver[Any], started: float) -> BreakerOpenError:
         since=pool._failing_since,
         retry_after=left or pool._settings.backoff[0],
     )
+    pool._tell("exhausted", error)
+    return error
 
 
 def failing(pool: Driver[Any]) -> str:
@@ -118,9 +122,9 @@ def _is_deadlocked(pool: Driver[Any]) -> bool:
     """Whether everybody who has a connection waits for one, including whoever asks."""
     if pool._ledger is None or pool.in_use < pool._max_connections:
         return False
-    me, waiting = pool._borrower(), pool._ledger.waiting
+    me, ledger = pool._borrower(), pool._ledger
     return all(
-        member.loan is not None and (member.loan.borrower is me or id(member.loan.borrower) in waiting)
+        member.loan is not None and (member.loan.borrower is me or ledger.is_waiting(member.loan.borrower))
         for member in pool._members.values()
     )
 

@@ -95,8 +95,9 @@ class Member(Generic[C]):
     `BY_HAND`, `RETURNING` or `INSPECTED`. `cold` says that nobody has touched it for a while: since the time `since`,
     if it idles. `fate` is the reason for which it will be closed when it comes back, `retire_at` the time of its end,
     `proven` the time when it last answered a keepalive, `stirs` how often the peer said something since then or since
-    it was touched; `idles` is a budget's, and grows in the order in which connections came to idle. `loan` and `watch`
-    are the driver's: what it has noted of the borrower, and whatever tells it that the peer hung up.
+    it was touched; `idles` is a budget's, and grows in the order in which connections came to idle. `reason` is why it
+    was retired. `loan`, `lent_at` and `watch` are the driver's: what it has noted of the borrower, when listeners were
+    told of the loan (0 if they were not), and whatever tells it that the peer hung up.
     """
 
     __slots__ = (
@@ -105,8 +106,10 @@ class Member(Generic[C]):
         "fate",
         "holder",
         "idles",
+        "lent_at",
         "loan",
         "proven",
+        "reason",
         "retire_at",
         "since",
         "stirs",
@@ -125,7 +128,9 @@ class Member(Generic[C]):
         self.proven = 0.0
         self.stirs = 0
         self.idles = 0
+        self.reason = ""
         self.loan: Any = None
+        self.lent_at = 0.0
         self.watch: Any = None
 
 
@@ -708,6 +713,7 @@ class Core(Generic[C]):
         if self._budget is not None:
             self._budget.closes()
         self._closed_for[reason] += 1
+        member.reason = reason
         self._retired_uses += member.uses
         self._due.pop(member, None)
         if member is self._latest:

@@ -40,6 +40,7 @@ from gsocketpool.core import (
     Sentinel,
     new_place,
 )
+from gsocketpool.events import Listener, audience_of
 from gsocketpool.exceptions import (
     ConnectionNotFoundError,
     PoolClosedError,
@@ -53,6 +54,7 @@ from gsocketpool.operations import describe, operations_of, plainly
 from gsocketpool.settings import Settings
 from gsocketpool.stats import Holder, PoolStats
 from gsocketpool.upkeep import Alone, Keeper, Upkeep, checks_always
+from gsocketpool.view import draw_pool
 
 if sys.version_info >= (3, 11):
     from sys import exception
@@ -120,6 +122,7 @@ class Driver(Core[C]):
     keepalive_grace: ClassVar[float] = 10.0
 
     __slots__ = (
+        "_audience",
         "_call",
         "_drains",
         "_factory",
@@ -163,6 +166,7 @@ class Driver(Core[C]):
         reclaim: bool = False,
         budget: Budget | None = None,
         breaker: int | None = None,
+        listeners: Sequence[Listener] = (),
     ) -> None:
         if not callable(factory):
             raise TypeError(f"factory must be a Connection class or another callable, not {factory!r}")
@@ -191,8 +195,10 @@ class Driver(Core[C]):
             reclaim,
             budget,
             breaker,
+            listeners,
         )
-        records = reclaim or leak_threshold is not None
+        audience = audience_of(listeners)
+        notes = reclaim or leak_threshold is not None
         super().__init__(
             max_connections,
             max_connecting=max_connecting,
@@ -201,17 +207,18 @@ class Driver(Core[C]):
             limits=Limits(idle_timeout, max_lifetime, lifetime_jitter, max_uses, keepalive),
             fifo=order == "fifo",
             always_cold=checks_always(settings),
-            records=records,
+            records=notes or audience.hears("borrowed", "returned"),
             budget=budget,
             break_after=breaker,
         )
         self._settings = settings
+        self._audience = audience
         self._factory = factory
         self._options: dict[str, Any] = dict(options or {})
         self._call = self._caller()
         self._operations = operations_of(factory, self._call, self._awaits)
         self._usual_limit = self._limit(10, 0, ...)
-        self._ledger = Ledger(leak_threshold, reclaim) if records else None
+        self._ledger = Ledger(leak_threshold, reclaim) if notes else None
         self._ready: list[Place[C]] = []
         self._drains: list[Place[C]] = []
         # No longer the pool's though their borrowers may still have them: giving one back is no mistake.
@@ -224,6 +231,7 @@ class Driver(Core[C]):
 
         self._settle_in()
         self._upkeep = Upkeep(settings, self._keeper())
+        self._tell("attached")
         pools[id(self)] = self
         self._upkeep.begin(self)
         if initial_connections:
@@ -286,6 +294,14 @@ class Driver(Core[C]):
                     found.append(Holder(member.connection, loan.borrower, now - loan.since, loan.stack()))
         return sorted(found, key=lambda holder: holder.held or 0.0, reverse=True)
 
+    def debug(self) -> str:
+        """A picture of the pool as a text of some lines: what is lent, to whom, since when and where; what idles; who
+        waits; what the pool does next. To be printed when something is wrong; what it looks like may change.
+
+        Who has borrowed, and since when somebody waits, is known while `leak_threshold` or `reclaim` is set.
+        """
+        return draw_pool(self)
+
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
@@ -300,7 +316,7 @@ class Driver(Core[C]):
             opening=self._dialling,
             waiting=self.waiting,
             max_connections=self._max_connections,
-            acquired=self._retired_uses + sum(member.uses for member in self._members.values()),
+            acquired=self._retired_uses + sum(member.uses for member in [*self._members.values()]),
             opened=self._opened,
             open_failures=self._open_failures,
             exhausted=self._exhausted,
@@ -359,12 +375,17 @@ class Driver(Core[C]):
             if self._given_up.pop(id(connection), None) is not None:
                 return
             raise self._unknown(connection)
-        self._end_loan(member)
+        held = self._end_loan(member)
         granted_to = self.retire(member, "dropped")
         self._start_dials()
         if granted_to is not None:
             self._tell_closed(granted_to)
-        self._close_all([member], wait=True)
+        told = False
+        try:
+            self._tell_returned(member, held)
+            told = True
+        finally:
+            self._close_all([member], wait=told)
 
     def _drop_expired(self) -> None:
         expired: list[Member[C]] = []
@@ -459,7 +480,7 @@ class Driver(Core[C]):
                 turn = found.turn
                 try:
                     if self._ledger is not None:
-                        self._ledger.waiting.add(id(self._borrower()))
+                        self._ledger.waits(self._borrower(), started)
                     self._start_dials()
                     self._wait_on(found, limit, lenient, started)
                 except BaseException:
@@ -467,19 +488,14 @@ class Driver(Core[C]):
                     raise
                 finally:
                     if self._ledger is not None:
-                        self._ledger.waiting.discard(id(self._borrower()))
+                        self._ledger.waits_no_more(self._borrower())
                 found = found.member or self._ended_without(found, started)
                 if type(found) is Place:
                     continue
             if type(found) is Member:
                 found.holder = holder
-                if not found.cold or self._passes_check(found):
-                    if self._ledger is not None:
-                        try:
-                            self._ledger.begin(self, found)
-                        except BaseException:  # too deep a recursion, say
-                            self._discard(found)
-                            raise
+                passed = not found.cold or self._passes_check(found)
+                if passed and (not self._records or self._begin_loan(found, started)):
                     return found
                 if limit and not lenient and started + limit <= monotonic():
                     raise exhausted(self, started)
@@ -607,11 +623,14 @@ class Driver(Core[C]):
 
     def _return(self, member: Member[C]) -> None:
         """Reset it where that is wanted, then give it back."""
-        self._end_loan(member)
-        if self._resets and not self._closed:
+        held = self._end_loan(member)
+        resets = self._resets and not self._closed
+        if resets or held is not None:
             member.holder = RETURNING
             try:
-                self._operations.reset(member.connection)
+                self._tell_returned(member, held)
+                if resets and member.holder is RETURNING:
+                    self._operations.reset(member.connection)
             except BaseException as error:
                 mine = member.holder is RETURNING  # else dropped meanwhile, or this is the child of a fork
                 self._discard(member)
@@ -626,9 +645,12 @@ class Driver(Core[C]):
 
     def _discard(self, member: Member[C], reason: str = "discarded") -> None:
         if member.holder is not None:
-            self._end_loan(member)
+            held = self._end_loan(member)
             self.retire(member, reason)
-            self._close_all([member])
+            try:
+                self._tell_returned(member, held)
+            finally:
+                self._close_all([member])
 
     def _settle(self, outcome: Place[C] | Sentinel | None, member: Member[C]) -> None:
         """Carry out what `give` or `inspected` answered."""
@@ -637,9 +659,28 @@ class Driver(Core[C]):
         elif outcome is RETIRED:
             self._close_all([member])
 
-    def _end_loan(self, member: Member[C]) -> None:
+    def _begin_loan(self, member: Member[C], started: float) -> bool:
+        """Note who borrows it, and say so. False if it was dropped meanwhile."""
+        try:
+            if self._ledger is not None:
+                self._ledger.begin(self, member)
+            if self._audience.hears("borrowed", "returned"):
+                member.lent_at = monotonic()
+                self._tell("borrowed", member.connection, member.lent_at - started)
+        except BaseException:  # too deep a recursion, or a kill while a listener waits
+            self._discard(member)
+            raise
+        return member.holder is not None
+
+    def _end_loan(self, member: Member[C]) -> float | None:
+        """For how long it was lent, if listeners were told that it is."""
         if self._ledger is not None:
             self._ledger.end(self, member)
+        if not member.lent_at:
+            return None
+        held = monotonic() - member.lent_at
+        member.lent_at = 0.0
+        return held
 
     # Dials
 
@@ -690,11 +731,14 @@ class Driver(Core[C]):
         if epoch != self._epoch:
             return None
         generation = self._generation
+        began = monotonic()
         problem: BaseException | None = None
         self._talking.add(self._borrower())  # not by a name: an error's traceback would tie it to itself
         try:
             connection = self._call(self._create_connection)
             self._vet(connection)
+            if self._audience.hears("opened"):
+                self._tell_opened(connection, monotonic() - began, epoch)
         except BaseException as error:
             ends_the_program = isinstance(error, (KeyboardInterrupt, SystemExit))
             fit = self._may_raise(error) and not ends_the_program
@@ -717,6 +761,8 @@ class Driver(Core[C]):
             self._start_dials()
             self._wake_drains()
         try:
+            if problem is not None and epoch == self._epoch:
+                self._tell_alone("open_failed", problem, monotonic() - began)
             return problem
         finally:
             del problem  # it refers to this frame
@@ -852,15 +898,20 @@ class Driver(Core[C]):
     def _take_all(self) -> None:
         """Close what is lent, under its borrowers' hands."""
         kept = list(self._members.values())
+        returned: list[tuple[Member[C], float | None]] = []
         for member in kept:
             if member.loan is not None:
                 member.loan.reported = False  # it does not come back
-            self._end_loan(member)
+            returned.append((member, self._end_loan(member)))
             self._given_up[id(member.connection)] = member.connection
             granted_to = self.retire(member, "closed")
             if granted_to is not None:
                 self._tell_closed(granted_to)
-        self._close_all(kept)
+        try:
+            for member, held in returned:
+                self._tell_returned(member, held)
+        finally:
+            self._close_all(kept)
 
     def _close_late(self) -> None:
         """Close what was retired and nobody closes."""
@@ -911,6 +962,8 @@ class Driver(Core[C]):
         try:
             if problem is not None and epoch == self._epoch:
                 self._report("close() failed", problem)
+            if mine and epoch == self._epoch:
+                self._tell_alone("closed", member.connection, member.reason)
         finally:
             del problem  # it refers to this frame
 
@@ -948,6 +1001,35 @@ class Driver(Core[C]):
 
     def _say(self, level: int, text: str, *args: object, error: BaseException | None = None) -> None:
         self._call(say, level, text, *args, error=error)
+
+    def _tell(self, event: str, *args: object) -> None:
+        """Tell the listeners of it. Others may run meanwhile."""
+        if self._audience.hears(event):
+            self._call(self._audience.hear, self, event, *args)
+
+    def _tell_alone(self, event: str, *args: object) -> None:
+        """As `_tell`, in a job of the pool's own: there is nobody to whom a timeout of a listener's could be raised."""
+        try:
+            self._tell(event, *args)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self._report(f"{event}() of a listener was interrupted", error)
+
+    def _tell_returned(self, member: Member[C], held: float | None) -> None:
+        if held is not None:
+            self._tell("returned", member.connection, held)
+
+    def _tell_opened(self, connection: C, duration: float, epoch: int) -> None:
+        """Before anybody can borrow it."""
+        self.claim(connection)
+        try:
+            self._tell("opened", connection, duration)
+        except BaseException:
+            self._close_half_open(connection, epoch)
+            raise
+        finally:
+            self.disclaim(connection)
 
     def _keeper(self) -> Keeper:
         """Who calls `Upkeep.tend` when it is time."""
@@ -1011,6 +1093,10 @@ class Driver(Core[C]):
     def _borrower(self) -> object:
         """Whoever is running."""
         raise NotImplementedError
+
+    def _waiter_at(self, place: Place[C]) -> object:
+        """Whoever stands there, where that can be told; else None."""
+        return None
 
     def _outer_frame(self) -> FrameType | None:
         """The frame that called the outermost one that Python knows here, where there is one all the same."""

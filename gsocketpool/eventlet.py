@@ -27,6 +27,7 @@ from gsocketpool.blocking import BlockingGroup, BlockingPool
 from gsocketpool.budget import Budget, Quota
 from gsocketpool.connection import Connection, EndOfStreamError, LimitExceededError, Wrap, wrap
 from gsocketpool.core import Member, Place
+from gsocketpool.events import Listener
 from gsocketpool.exceptions import (
     BreakerOpenError,
     ConnectionNotFoundError,
@@ -39,6 +40,7 @@ from gsocketpool.retrying import for_eventlet as retry
 from gsocketpool.sockets import EventletSockets
 from gsocketpool.stats import GroupStats, Holder, PoolStats
 from gsocketpool.upkeep import stirred
+from gsocketpool.view import debug
 
 __all__ = [
     "BreakerOpenError",
@@ -49,6 +51,7 @@ __all__ = [
     "GroupStats",
     "Holder",
     "LimitExceededError",
+    "Listener",
     "Pool",
     "PoolClosedError",
     "PoolError",
@@ -60,6 +63,7 @@ __all__ = [
     "TcpConnection",
     "UnixConnection",
     "Wrap",
+    "debug",
     "retry",
     "wrap",
 ]
@@ -285,6 +289,9 @@ class Pool(BlockingPool[C]):
 
     def _rouse(self, place: Place[C]) -> None:
         self._home.begin(self._home.wake, place)
+
+    def _waiter_at(self, place: Place[C]) -> object:
+        return getattr(place.waiter, "__self__", None)  # it is the greenlet's `switch`
 
     def _spawn(self, job: Callable[..., object], *args: object) -> object:
         self._home.begin(job, *args)

@@ -17,6 +17,7 @@ from gsocketpool.exceptions import PoolClosedError, PoolError
 from gsocketpool.settings import Settings
 from gsocketpool.stats import GroupStats
 from gsocketpool.upkeep import COARSEST_TICK, Keeper, Rounds
+from gsocketpool.view import draw_group
 
 __all__ = ["Endpoint", "Group"]
 
@@ -175,6 +176,9 @@ class Group(Generic[C, P, L]):
                     name=self._name_for(where),
                     **self._settings,
                 )
+                made = self._known.get(key)
+                if made is not None and not made.closed:  # a listener has waited, and let somebody else make it
+                    pool = made
                 self._known[key] = pool
             self._pools[key] = pool
             pool._empty_since = None
@@ -208,6 +212,10 @@ class Group(Generic[C, P, L]):
             endpoints={key: pool.stats() for key, pool in self._pools.items()},
             max_total=None if budget is None else budget.max_total,
         )
+
+    def debug(self) -> str:
+        """:meth:`Pool.debug` of all pools that there are now, those in which most wait first."""
+        return draw_group(self, self._pools.values())
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a group cannot be copied or pickled: make another one")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gsocketpool.core import Member
 from gsocketpool.operations import describe
+from gsocketpool.stats import Holder
 
 if TYPE_CHECKING:
     from gsocketpool.driver import Driver
@@ -72,7 +73,27 @@ class Ledger:
         self._leak_threshold = leak_threshold
         self._reclaim = reclaim
         self._unreported: OrderedDict[Member[Any], None] = OrderedDict()  # in the order in which they were lent
-        self.waiting: set[int] = set()  # borrowers, by their identity, that stand in the queue
+        self._waiting: dict[int, tuple[object, float]] = {}  # borrowers, by their identity, and since when
+
+    def waits(self, borrower: object, since: float) -> None:
+        """He stands in the queue."""
+        self._waiting[id(borrower)] = borrower, since
+
+    def waits_no_more(self, borrower: object) -> None:
+        """He has left it."""
+        self._waiting.pop(id(borrower), None)
+
+    def is_waiting(self, borrower: object) -> bool:
+        """Whether he stands in the queue."""
+        return id(borrower) in self._waiting
+
+    def waiting(self) -> list[tuple[object, float]]:
+        """Who stands in the queue, and since when by `monotonic`'s time; in the order in which they came there."""
+        return list(self._waiting.values())
+
+    def only_waits(self, borrower: object) -> None:
+        """Nobody but him, if he does."""
+        self._waiting = {key: found for key, found in self._waiting.items() if key == id(borrower)}
 
     def begin(self, pool: Driver[Any], member: Member[Any]) -> None:
         """Whoever is running has borrowed it."""
@@ -119,16 +140,18 @@ class Ledger:
                 break
             del self._unreported[member]
             loan.reported = True
+            held = now - loan.since
             pool._say(
                 logging.WARNING,
                 "%s: %r has held a connection for %.1f s, longer than leak_threshold=%g: %s; it was borrowed here:\n%s",
                 pool._label,
                 loan.borrower,
-                now - loan.since,
+                held,
                 self._leak_threshold,
                 describe(member.connection),
                 loan.stack(),
             )
+            pool._tell_alone("leaked", Holder(member.connection, loan.borrower, held, loan.stack()))
 
     def forget(self, members: list[Member[Any]]) -> None:
         """Nobody has borrowed anything any more."""

@@ -99,6 +99,8 @@ class Pool(BlockingPool[C]):
         meanwhile, whoever asks for one gets :exc:`~gsocketpool.BreakerOpenError` at once; else he waits for those. Then
         one dial may try, as soon as somebody asks. If it succeeds, all is as before. Nygard's circuit breaker. None:
         off, each borrower who needs a dial has one.
+    :param listeners: a list of :class:`~gsocketpool.Listener`: they are told what happens. Only one that overrides
+        `borrowed` or `returned` costs anything while connections are at hand.
     :raises TypeError: a parameter has the wrong type; the message names it and says what it takes.
     :raises ValueError: a parameter has a wrong value; likewise.
     :raises Exception: whatever the dial of an initial connection raised.
@@ -241,6 +243,9 @@ class Pool(BlockingPool[C]):
 
     def _borrower(self) -> object:
         return getcurrent()
+
+    def _waiter_at(self, place: Place[C]) -> object:
+        return getattr(place.waiter, "__self__", None)  # it is the greenlet's `switch`
 
     def _when_over(self, borrower: object, callback: Callable[[object], None]) -> Callable[[], object] | None:
         if not isinstance(borrower, gevent.Greenlet):

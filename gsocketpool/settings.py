@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gsocketpool.arguments import seconds, share, two_delays, whole_number
 from gsocketpool.budget import Budget
+from gsocketpool.events import Listener, audience_of
 
 __all__ = ["Settings"]
 
@@ -40,6 +42,7 @@ class Settings:
     reclaim: bool = False
     budget: Budget | None = None
     breaker: int | None = None
+    listeners: Sequence[Listener] = ()
 
     def __post_init__(self) -> None:
         for flag in ("reap_expired_connections", "reclaim"):
@@ -72,6 +75,7 @@ class Settings:
         for kind in self.discard_on if isinstance(self.discard_on, tuple) else (self.discard_on,):
             if not (isinstance(kind, type) and issubclass(kind, BaseException)):
                 raise TypeError(f"discard_on must be an exception class or a tuple of them, not {self.discard_on!r}")
+        audience_of(self.listeners)
         if self.order not in ("lifo", "fifo"):
             raise ValueError(f"order must be 'lifo' or 'fifo', not {self.order!r}")
 

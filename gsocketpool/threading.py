@@ -31,6 +31,7 @@ from gsocketpool.budget import Budget, Quota
 from gsocketpool.connection import Connection, EndOfStreamError, LimitExceededError, Wrap, wrap
 from gsocketpool.core import BY_HAND, NOBODY, Member, Place
 from gsocketpool.driver import Driver, exception
+from gsocketpool.events import Listener
 from gsocketpool.exceptions import (
     BreakerOpenError,
     ConnectionNotFoundError,
@@ -44,6 +45,7 @@ from gsocketpool.retrying import for_threads as retry
 from gsocketpool.sockets import ThreadSockets
 from gsocketpool.stats import GroupStats, Holder, PoolStats
 from gsocketpool.upkeep import stirs
+from gsocketpool.view import debug
 from gsocketpool.workers import crew
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "GroupStats",
     "Holder",
     "LimitExceededError",
+    "Listener",
     "Pool",
     "PoolClosedError",
     "PoolError",
@@ -66,6 +69,7 @@ __all__ = [
     "TcpConnection",
     "UnixConnection",
     "Wrap",
+    "debug",
     "retry",
     "wrap",
 ]
@@ -349,7 +353,7 @@ class Pool(BlockingPool[C]):
         self._ready = [place for place in self._ready if place.waking == get_ident()]
         self._drains = [place for place in self._drains if place.waking == get_ident()]
         if self._ledger is not None:
-            self._ledger.waiting &= {id(self._borrower())}
+            self._ledger.only_waits(self._borrower())
         self._to_close.clear()
         self._closers = 0
         super()._after_fork(members, connections, places)
@@ -425,7 +429,7 @@ class Pool(BlockingPool[C]):
 
 _guard(
     Pool,
-    *("resize", "pause", "resume", "holders", "stats", "faults", "size", "idle", "in_use", "waiting", "total"),
+    *("resize", "pause", "resume", "holders", "stats", "debug", "faults", "size", "idle", "in_use", "waiting", "total"),
     *("drop", "drop_expired", "clear", "wait_ready", "close", "_change_budget", "_create_connection"),
 )
 
@@ -469,7 +473,7 @@ class PoolGroup(BlockingGroup[C, Pool[C]]):
             _groups[id(self)] = self
 
 
-_guard(PoolGroup, "_pool_of", "pools", "stats", "clear", "close", "__repr__")
+_guard(PoolGroup, "_pool_of", "pools", "stats", "debug", "clear", "close", "__repr__")
 
 
 _poller = Poller(crew)

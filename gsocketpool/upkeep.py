@@ -114,6 +114,16 @@ class Upkeep:
             self.hurry(pool, self._rest_until)
         return self._rest_until - now
 
+    def agenda(self, pool: Driver[Any]) -> list[tuple[float, str]]:
+        """What is due, and when by `monotonic`'s time; some of it never."""
+        return [
+            (self._next_tick, "see which connections idle"),
+            (self._next_reap, "drop_expired()"),
+            (self._rest_until, "dial again for min_idle"),
+            (self._trial_at, "let one dial pass the breaker"),
+            (pool.next_audit(), "see whether a connection is too old, idles too long or is due for a keepalive"),
+        ]
+
     @property
     def resting(self) -> bool:
         """Whether the stock is not dialled for, since that failed."""

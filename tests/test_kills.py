@@ -15,7 +15,7 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from gsocketpool import Pool, PoolError, TcpConnection
+from gsocketpool import Listener, Pool, PoolError, TcpConnection
 from tests.knife import ASLEEP, WAKING, Knife
 from tests.servers import Authority, LineEchoServer
 
@@ -74,6 +74,39 @@ class SlowToCheck(Line):
         return self.world.expired
 
 
+class SlowListener(Listener):
+    """Takes its time, and sees that the events of each connection come in their order."""
+
+    def __init__(self) -> None:
+        self.state: dict[int, str] = {}
+        self.wrong: list[str] = []
+
+    def _move(self, connection: Any, before: tuple[str, ...], after: str) -> None:
+        found = self.state.get(id(connection), "unknown")
+        if found not in before:
+            self.wrong.append(f"{found} -> {after}")
+        self.state[id(connection)] = after
+        gevent.sleep(0)
+
+    def opened(self, pool: Any, connection: Any, seconds: float) -> None:
+        self._move(connection, ("unknown", "closed"), "idle")
+
+    def borrowed(self, pool: Any, connection: Any, waited: float) -> None:
+        self._move(connection, ("idle",), "lent")
+
+    def returned(self, pool: Any, connection: Any, held: float) -> None:
+        self._move(connection, ("lent",), "idle")
+
+    def closed(self, pool: Any, connection: Any, reason: str) -> None:
+        self._move(connection, ("idle",), "closed")
+
+    def open_failed(self, pool: Any, error: BaseException, seconds: float) -> None:
+        gevent.sleep(0)
+
+    def exhausted(self, pool: Any, error: PoolError) -> None:
+        gevent.sleep(0)
+
+
 class World:
     """A server, a pool, bystanders who use it too, and a victim."""
 
@@ -86,7 +119,10 @@ class World:
         self.expired = False
         kind = type(kind.__name__, (kind,), {"world": self})
         tls: dict[str, Any] = {"tls": AUTHORITY.client_context()} if server._tls else {}
+        self.listener = SlowListener()
         settings: dict[str, Any] = {"max_connections": CAP, **options}
+        if "listeners" in settings:
+            settings["listeners"] = [self.listener]
         address = {"host": "127.0.0.1", "port": server.port, **tls}
         self.make: Callable[..., Pool[Any]] = lambda **more: Pool(kind, address, **{**settings, **more})
         self.pool = self.make()
@@ -193,6 +229,7 @@ def filling(world: World) -> None:
 
 
 ONE = {"max_connections": 1}
+LISTENED: dict[str, Any] = {"listeners": []}  # each world has one of its own
 
 #: name -> what the victim does, the connection's class, who is the victim, the pool's options, who else uses the pool.
 SCENARIOS: dict[str, tuple[Scenario, type[Line], str, dict[str, Any], int]] = {
@@ -212,6 +249,12 @@ SCENARIOS: dict[str, tuple[Scenario, type[Line], str, dict[str, Any], int]] = {
     "a dial": (by_with, SlowToOpen, "open", {}, 2),
     "a dial without a bystander": (by_with, SlowToOpen, "open", {"max_connecting": 1}, 0),
     "a close": (dropping, SlowToClose, "close", {}, 2),
+    "a borrower, with a listener": (by_with, Line, "borrow", LISTENED, 3),
+    "a borrower by hand, with a listener": (by_hand, SlowToReset, "borrow", LISTENED, 2),
+    "a borrower in a queue, with a listener": (by_with, Line, "borrow", {**LISTENED, **ONE}, 2),
+    "a borrower who drops, with a listener": (dropping, SlowToClose, "borrow", LISTENED, 2),
+    "a dial, with a listener": (by_with, SlowToOpen, "open", LISTENED, 2),
+    "a close, with a listener": (dropping, SlowToClose, "close", LISTENED, 2),
 }
 TLS_SCENARIOS: dict[str, tuple[Scenario, type[Line], str, dict[str, Any], int]] = {
     "a borrower during a TLS handshake": (by_with, SlowToOpen, "borrow", {}, 1),
@@ -258,6 +301,7 @@ def run(knife: Knife, name: str) -> None:
         server.wait_open(0)
         assert pool.faults() == []
         assert (pool.size, pool.stats().opening, pool.total) == (0, 0, 0)
+        assert world.listener.wrong == []
 
 
 @pytest.mark.parametrize("name", [*SCENARIOS, *TLS_SCENARIOS])

@@ -995,7 +995,7 @@ eventually(lambda: pool.waiting == 4)
 
 def child():
     assert (pool.waiting, pool.in_use, pool.faults()) == (0, 0, []), (pool, pool.faults())
-    assert pool._ledger.waiting == set()
+    assert pool._ledger.waiting() == []
     for each in held:
         pool.release(each)  # nothing
     with pool.connection(timeout=20) as one, pool.connection(timeout=20) as other:

@@ -1,0 +1,244 @@
+"""What a pool tells its listeners, in every runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from .harness import BOUND, Runtime, do, within
+from .kinds import Script, Scripted
+
+
+class Heard:
+    """What a listener has heard: the name of the event and the connection's number, if it is about one."""
+
+    def __init__(self, rt: Runtime, but: str = "") -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.figures: list[float] = []
+        self.pools: list[Any] = []
+        heard = self
+
+        class Listener(rt.api.Listener):  # type: ignore[misc, name-defined]
+            pass
+
+        def hearing(event: str) -> Callable[..., None]:
+            def hear(_: Any, pool: Any, *args: Any) -> None:
+                number = [arg.number for arg in args if hasattr(arg, "number")]
+                said = [arg for arg in args if isinstance(arg, str)]
+                heard.figures += [arg for arg in args if isinstance(arg, float)]
+                heard.events.append((event, *number, *said))
+                if pool not in heard.pools:
+                    heard.pools.append(pool)
+
+            return hear
+
+        for event in ("attached", "opened", "open_failed", "borrowed", "returned", "closed", "exhausted", "leaked"):
+            if event != but:
+                setattr(Listener, event, hearing(event))
+        self.listener = Listener()
+
+
+async def test_the_life_of_a_connection_is_told_in_its_order(rt: Runtime) -> None:
+    heard = Heard(rt)
+    script = Script()
+    pool = script.pool(rt, max_connections=1, listeners=[heard.listener])
+    assert heard.events == [("attached",)]
+    async with within(pool.connection(timeout=BOUND)):
+        pass
+    connection = await do(pool.acquire(timeout=BOUND))
+    await do(pool.release(connection))
+    await do(pool.close())
+    await rt.until(lambda: len(heard.events) == 7)
+    assert heard.events[1:] == [
+        ("opened", 0),
+        ("borrowed", 0),
+        ("returned", 0),
+        ("borrowed", 0),
+        ("returned", 0),
+        ("closed", 0, "closed"),
+    ]
+    assert all(0 <= figure < BOUND for figure in heard.figures)
+    assert len(heard.figures) == 5
+    assert heard.pools == [pool]
+
+
+async def test_what_comes_back_is_told_before_the_next_one_has_it(rt: Runtime) -> None:
+    heard = Heard(rt)
+    script = Script()
+    pool = script.pool(rt, max_connections=1, listeners=[heard.listener])
+    first = await do(pool.acquire(timeout=BOUND))
+    waiter = rt.spawn(lambda: do(pool.acquire(timeout=BOUND)))
+    await rt.waiting(pool, 1)
+    await do(pool.release(first))
+    [second] = await rt.join(waiter)
+    assert heard.events == [("attached",), ("opened", 0), ("borrowed", 0), ("returned", 0), ("borrowed", 0)]
+    await do(pool.release(second))
+
+
+async def test_why_a_connection_was_closed_is_told(rt: Runtime) -> None:
+    heard = Heard(rt)
+    script = Script()
+    pool = script.pool(rt, max_connections=3, listeners=[heard.listener])
+    with pytest.raises(ValueError, match="mine"):
+        async with within(pool.connection(timeout=BOUND)):
+            raise ValueError("mine")
+    dropped = await do(pool.acquire(timeout=BOUND))
+    await do(pool.drop(dropped))
+    async with within(pool.connection(timeout=BOUND)):
+        await do(pool.clear())
+    await rt.until(lambda: pool.total == 0)
+    reasons = [event[1:] for event in heard.events if event[0] == "closed"]
+    assert reasons == [(0, "discarded"), (1, "dropped"), (2, "cleared")]
+    assert [event for event, *_ in heard.events].count("borrowed") == 3
+    assert [event for event, *_ in heard.events].count("returned") == 3
+
+
+async def test_a_dial_that_failed_and_a_pool_that_is_exhausted_are_told(rt: Runtime) -> None:
+    async def fail(_: Any) -> None:
+        raise OSError("nobody there")
+
+    heard = Heard(rt)
+    script = Script(on_open=fail)
+    pool = script.pool(rt, max_connections=1, listeners=[heard.listener])
+    with pytest.raises(OSError, match="nobody there"):
+        await do(pool.acquire(timeout=BOUND))
+    with pytest.raises(rt.api.PoolExhaustedError):
+        await do(pool.acquire(timeout=0))
+    await rt.until(lambda: len(heard.events) == 3)
+    assert sorted(heard.events[1:]) == [("exhausted",), ("open_failed",)]
+
+
+async def test_a_leak_is_told_once(rt: Runtime, logged: Any) -> None:
+    heard = Heard(rt)
+    script = Script()
+    pool = script.pool(rt, max_connections=1, leak_threshold=0.02, listeners=[heard.listener])
+    async with within(pool.connection(timeout=BOUND)):
+        await rt.until(lambda: ("leaked",) in heard.events)
+    async with within(pool.connection(timeout=BOUND)):
+        pass
+    assert heard.events.count(("leaked",)) == 1
+    reports: list[Any] = []
+
+    def both() -> bool:
+        reports.extend(logged.take())
+        return len(reports) == 2
+
+    await rt.until(both)
+
+
+async def test_a_listener_that_fails_costs_nobody_anything_and_is_logged(rt: Runtime, logged: Any) -> None:
+    class Failing(rt.api.Listener):  # type: ignore[misc, name-defined]
+        def borrowed(self, pool: Any, connection: Any, waited: float) -> None:
+            raise LookupError("no such metric")
+
+        returned = closed = opened = borrowed
+
+    heard = Heard(rt)
+    script = Script()
+    pool = script.pool(rt, max_connections=1, name="told", listeners=[Failing(), heard.listener])
+    for _ in range(3):
+        async with within(pool.connection(timeout=BOUND)) as connection:
+            assert connection.number == 0
+    warnings = [record for record in logged.take() if record.levelname == "WARNING"]
+    assert [record.getMessage() for record in warnings] == [
+        f"Pool 'told': {event}() of a listener failed: LookupError('no such metric')"
+        for event in ("opened", "borrowed", "returned")
+    ]
+    assert all(record.exc_info for record in warnings)
+    assert [event for event, *_ in heard.events].count("returned") == 3
+    assert pool.faults() == []
+    await do(pool.close())
+    await rt.until(lambda: heard.events[-1][0] == "closed")
+    logged.take()
+
+
+async def test_a_listener_may_drop_what_is_about_to_be_borrowed(rt: Runtime) -> None:
+    dropped: list[int] = []
+
+    class Choosy(rt.api.Listener):  # type: ignore[misc, name-defined]
+        def borrowed(self, pool: Any, connection: Any, waited: float) -> None:
+            if connection.number == 0:
+                dropped.append(connection.number)
+                pool._discard(pool._members[id(connection)])
+
+    script = Script()
+    pool = script.pool(rt, max_connections=1, listeners=[Choosy()])
+    async with within(pool.connection(timeout=BOUND)) as connection:
+        assert connection.number == 1
+    assert dropped == [0]
+    assert pool.faults() == []
+
+
+async def test_who_listens_to_opens_and_closes_only_leaves_the_fast_way_open(rt: Runtime) -> None:
+    class Counting(rt.api.Listener):  # type: ignore[misc, name-defined]
+        def opened(self, *_: Any) -> None:
+            pass
+
+        closed = exhausted = open_failed = attached = opened
+
+    script = Script()
+    pool = script.pool(rt, listeners=[Counting()])
+    async with within(pool.connection(timeout=BOUND)):
+        pass
+    assert pool._lane_out is pool._warm
+    assert pool._lane_with is pool._warm
+    assert pool._lane_in
+
+
+@pytest.mark.parametrize(
+    ("listeners", "text"),
+    [
+        (7, "listeners must be a list of Listener, not 7"),
+        ("words", "listeners must be a list of Listener, not 'words'"),
+        ([object], "listeners must be a list of objects of a subclass of Listener, and one is <class 'object'>"),
+    ],
+)
+async def test_what_is_no_listener_is_refused_by_name(rt: Runtime, listeners: Any, text: str) -> None:
+    script = Script()
+    with pytest.raises(TypeError) as caught:
+        script.pool(rt, listeners=listeners)
+    assert str(caught.value) == text
+    assert script.made == []
+
+
+async def test_a_listener_that_would_have_to_be_awaited_is_refused(rt: Runtime) -> None:
+    class Slow(rt.api.Listener):  # type: ignore[misc, name-defined]
+        async def opened(self, pool: Any, connection: Any, seconds: float) -> None:
+            raise AssertionError("called")
+
+    with pytest.raises(TypeError, match=r"Slow\.opened\(\) must be a plain function"):
+        Script().pool(rt, listeners=[Slow()])
+
+
+async def test_a_listener_of_a_group_hears_each_endpoint(rt: Runtime) -> None:
+    heard = Heard(rt)
+    scripts = [Script(), Script()]
+    group = rt.group(Scripted, max_connections=1, listeners=[heard.listener])
+    for script in scripts:
+        async with within(group.connection(BOUND, script=script)):
+            pass
+    assert heard.events == [("attached",), ("opened", 0), ("borrowed", 0), ("returned", 0)] * 2
+    assert len(heard.pools) == 2
+    assert all(line in group.debug() for line in (repr(group), "'endpoint #2': 0 in use, 1 idle"))
+    heard.pools.clear()
+    await do(group.close())
+
+
+async def test_the_picture_says_who_has_what_and_who_waits(rt: Runtime) -> None:
+    script = Script()
+    pool = script.pool(rt, max_connections=1, name="watched", leak_threshold=BOUND)
+    connection = await do(pool.acquire(timeout=BOUND))
+    waiter = rt.spawn(lambda: do(pool.acquire(timeout=BOUND)))
+    await rt.waiting(pool, 1)
+    lines = pool.debug().splitlines()
+    assert lines[0] == ("Pool 'watched': 1 in use, 0 idle, 0 opening, 0 closing: 1 of at most 1; 1 waiting")
+    lent = lines.index("  in use, the longest held first")
+    assert "borrowed in test_the_picture_says_who_has_what_and_who_waits" in lines[lent + 1] or "(" in lines[lent + 1]
+    assert "  waiting, who is served next first" in lines
+    assert pool.debug() in rt.api.debug() or "watched" in rt.api.debug()
+    await do(pool.release(connection))
+    [second] = await rt.join(waiter)
+    await do(pool.release(second))
+    assert "  idle, what is lent next first" in pool.debug().splitlines()
