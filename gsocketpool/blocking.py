@@ -125,6 +125,8 @@ class BlockingPool(Driver[C]):
             return member.connection
         return self._acquire(BY_HAND, retry, retried, timeout).connection
 
+    acquire.__qualname__ = "Pool.acquire"  # what errors of a wrong call say
+
     def release(self, conn: C) -> None:
         """Give back what :meth:`acquire` returned.
 

@@ -247,8 +247,8 @@ class AnyStream(Connection):
             None if connect_timeout is None else seconds("connect_timeout", connect_timeout, zero=False)
         )
         self._sock: _Socket | None = None
-        self._tls: ssl.SSLSocket | None = None  # the same socket, if TLS runs on it
-        self._buffer = bytearray()  # came after a separator, and nobody has asked for it yet
+        self._tls_socket: ssl.SSLSocket | None = None  # the same socket, if TLS runs on it
+        self._read_ahead = bytearray()  # came after a separator, and nobody has asked for it yet
         self._opened_at = 0.0
         self._attempt: object = None  # the open() that is under way, if it has not been called off
         self._unready: _Socket | None = None  # what it is connecting
@@ -275,8 +275,8 @@ class AnyStream(Connection):
         record of their own before they end the TCP stream. So there TLS reads what has arrived, without waiting for
         more. A ticket does no harm, a goodbye is an end of the stream, and data stays to be received.
         """
-        sock, tls = self._sock, self._tls
-        if sock is None or self._buffer:
+        sock, tls = self._sock, self._tls_socket
+        if sock is None or self._read_ahead:
             return False
         try:
             if tls is not None:
@@ -294,7 +294,7 @@ class AnyStream(Connection):
         timeout = tls.gettimeout()
         tls.setblocking(False)
         try:
-            self._buffer += tls.recv(_READ_SIZE)
+            self._read_ahead += tls.recv(_READ_SIZE)
             return False
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return True
@@ -364,7 +364,7 @@ class AnyStream(Connection):
         return TimeoutError(f"{self._endpoint} {what} within {seconds} s")
 
     def __repr__(self) -> str:
-        state = "closed" if self._sock is None else "open" if self._tls is None else "open, TLS"
+        state = "closed" if self._sock is None else "open" if self._tls_socket is None else "open, TLS"
         return f"<{type(self).__qualname__} {self._endpoint} ({state})>"
 
     # Dialling
@@ -372,7 +372,10 @@ class AnyStream(Connection):
     def _begin(self) -> object:
         """Return what stands for an ``open()`` that begins."""
         if self._sock is not None:
-            raise RuntimeError(f"{self!r} is open already: close() it before you open() it again")
+            raise RuntimeError(
+                f"{self!r} is open already: close() it before you open() it again, and leave it to a pool to open what "
+                "its factory returns"
+            )
         if self._attempt is not None:
             raise RuntimeError(f"{self!r} is being opened already")
         attempt = self._attempt = object()
@@ -382,12 +385,12 @@ class AnyStream(Connection):
         """End the ``open()`` that has opened these, unless a ``close()`` has called it off."""
         if self._attempt is attempt:
             self._opened_at = monotonic()
-            self._buffer = bytearray()
-            self._sock, self._tls = sock, tls
+            self._read_ahead = bytearray()
+            self._sock, self._tls_socket = sock, tls
             # Once more, since another thread may close() at any moment: either it has seen the socket, or this sees it.
             if self._attempt is attempt:
                 return
-            self._sock = self._tls = None
+            self._sock = self._tls_socket = None
         sock.close()
         raise self._closed_meanwhile("being opened")
 
@@ -434,12 +437,12 @@ class _Tcp(AnyStream):
         self._port = _port("port", port)
         self._endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._server_hostname = host if server_hostname is None else _host("server_hostname", server_hostname)
-        self._context = _tls_context("tls", tls, self._server_hostname)
+        self._default_tls = _tls_context("tls", tls, self._server_hostname)
         if not isinstance(nodelay, bool):
             raise TypeError(f"nodelay must be True or False, not {nodelay!r}")
-        self._options = _keepalive_options(tcp_keepalive)
+        self._socket_options = _keepalive_options(tcp_keepalive)
         if nodelay:
-            self._options.append((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1))
+            self._socket_options.append((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1))
         if source_address is not None:
             given: Any = source_address
             if not isinstance(given, tuple) or len(given) != 2:
@@ -457,7 +460,7 @@ class _Tcp(AnyStream):
         return _alike(error, f"{message} (looking up the name: {_reason(error)})")
 
     def _prepare(self, sock: _Socket) -> None:
-        for option in self._options:
+        for option in self._socket_options:
             sock.setsockopt(*option)
         if self._source_address is not None:
             sock.bind(self._source_address)
@@ -478,14 +481,14 @@ class _Tcp(AnyStream):
         if tls_context is None:
             raise TypeError(f"context must be True or an ssl.SSLContext, not {context!r}")
         sock = self.socket
-        if self._tls is not None:
+        if self._tls_socket is not None:
             raise RuntimeError(f"{self!r} has started TLS already")
         return tls_context, name, sock
 
     def _trust_no_bytes(self, sock: _Socket) -> None:
         """Refuse bytes that have arrived before TLS. The end of the stream is the handshake's to report."""
         try:
-            arrived = bool(self._buffer or self._peek(sock))
+            arrived = bool(self._read_ahead or self._peek(sock))
         except BlockingIOError:
             return
         if arrived:
@@ -554,8 +557,8 @@ class StreamConnection(GeventSockets, AnyStream):
         """
         self._attempt = None
         sock = self._sock
-        self._sock = self._tls = None
-        self._buffer = bytearray()  # not cleared: another thread may be taking from it
+        self._sock = self._tls_socket = None
+        self._read_ahead = bytearray()  # not cleared: another thread may be taking from it
         if sock is not None:
             self._hang_up(sock)
 
@@ -598,8 +601,8 @@ class StreamConnection(GeventSockets, AnyStream):
         sock = self._sock
         if sock is None:
             raise self._not_open()
-        if self._buffer:
-            return self._take(self._buffer, size)
+        if self._read_ahead:
+            return self._take(self._read_ahead, size)
         return self._receive(sock, size)
 
     def recv_exactly(self, n: int) -> bytes:
@@ -613,7 +616,7 @@ class StreamConnection(GeventSockets, AnyStream):
         :raises ConnectionError: if the connection is not open, or broken.
         """
         whole_number("n", n, 0)
-        sock, buffer = self._sock, self._buffer
+        sock, buffer = self._sock, self._read_ahead
         if sock is None:
             raise self._not_open()
         while len(buffer) < n:
@@ -640,7 +643,7 @@ class StreamConnection(GeventSockets, AnyStream):
         """
         _separator(sep)
         whole_number("limit", limit, 1)
-        sock, buffer = self._sock, self._buffer
+        sock, buffer = self._sock, self._read_ahead
         if sock is None:
             raise self._not_open()
         searched = 0
@@ -765,7 +768,7 @@ class TcpConnection(StreamConnection, _Tcp):
             self._trust_no_bytes(sock)
             with self._time_limit(seconds):
                 # From here on close() has to close the new socket: it has taken over the descriptor.
-                self._sock = self._tls = tls = self._wrap_tls(sock, tls_context, name)
+                self._sock = self._tls_socket = tls = self._wrap_tls(sock, tls_context, name)
                 _shake_hands(tls, deadline)
             tls.settimeout(self._timeout)
         except BaseException as error:
@@ -786,9 +789,9 @@ class TcpConnection(StreamConnection, _Tcp):
 
     def _secure(self, sock: _Socket, deadline: float | None) -> ssl.SSLSocket | None:
         self._vet(sock)
-        if self._context is None:
+        if self._default_tls is None:
             return None
-        self._unready = tls = self._wrap_tls(sock, self._context, self._server_hostname)
+        self._unready = tls = self._wrap_tls(sock, self._default_tls, self._server_hostname)
         try:
             _shake_hands(tls, deadline)
         except BaseException:

@@ -243,11 +243,23 @@ class Driver(Core[C]):
             self._filling = False
         self._start_dials()
 
+    __init__.__qualname__ = "Pool.__init__"  # what errors of a wrong call say
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("gsocketpool."):
+            return
+        ours = [vars(base) for base in cls.__mro__[1:] if base.__module__.startswith("gsocketpool.")]
+        finished = any(base.get("_runtime") for base in ours)  # else it is a runtime of somebody's own
         for name in cls.__dict__:
-            if name in _CORE_NAMES and not cls.__module__.startswith("gsocketpool."):
+            private = finished and name.startswith("_") and not name.startswith("__") and name != "_create_connection"
+            if name in _CORE_NAMES or (private and any(name in base for base in ours)):
                 raise TypeError(f"{cls.__qualname__}.{name} would replace what the pool itself does: use another name")
+            if name == "_new_connection":
+                raise TypeError(
+                    f"{cls.__qualname__}._new_connection is geventconnpool's: give what opens a connection to the pool "
+                    "instead, as Pool(wrap(open, keepalive=...), max_connections=...), or override _create_connection()"
+                )
 
     # What never waits
 
@@ -316,7 +328,8 @@ class Driver(Core[C]):
             opening=self._dialling,
             waiting=self.waiting,
             max_connections=self._max_connections,
-            acquired=self._retired_uses + sum(member.uses for member in [*self._members.values()]),
+            # In this order and from a copy, since another thread may read it: what retires meanwhile counts once or not.
+            acquired=self._retired_uses + sum([member.uses for member in [*self._members.values()]]),
             opened=self._opened,
             open_failures=self._open_failures,
             exhausted=self._exhausted,
@@ -386,6 +399,14 @@ class Driver(Core[C]):
             told = True
         finally:
             self._close_all([member], wait=told)
+
+    def _reap(self) -> None:
+        """What the reaper calls: a subclass may have its own."""
+        drop_expired = getattr(type(self), "drop_expired", None)
+        if drop_expired is None or is_ours(drop_expired):
+            self._drop_expired()
+        else:
+            self._call(drop_expired, self)
 
     def _drop_expired(self) -> None:
         expired: list[Member[C]] = []

@@ -116,8 +116,8 @@ class StreamConnection(AnyStream, Connection):
         """
         self._attempt = None
         sock = self._sock
-        self._sock = self._tls = None
-        self._buffer = bytearray()
+        self._sock = self._tls_socket = None
+        self._read_ahead = bytearray()
         if sock is not None:
             for writing in (False, True):
                 self._call_off(sock.fileno(), writing)
@@ -162,8 +162,8 @@ class StreamConnection(AnyStream, Connection):
         sock = self._sock
         if sock is None:
             raise self._not_open()
-        if self._buffer:
-            return self._take(self._buffer, size)
+        if self._read_ahead:
+            return self._take(self._read_ahead, size)
         return await self._receive(sock, size)
 
     async def recv_exactly(self, n: int) -> bytes:
@@ -177,7 +177,7 @@ class StreamConnection(AnyStream, Connection):
         :raises ConnectionError: if the connection is not open, or broken.
         """
         whole_number("n", n, 0)
-        sock, buffer = self._sock, self._buffer
+        sock, buffer = self._sock, self._read_ahead
         if sock is None:
             raise self._not_open()
         while len(buffer) < n:
@@ -204,7 +204,7 @@ class StreamConnection(AnyStream, Connection):
         """
         connection._separator(sep)
         whole_number("limit", limit, 1)
-        sock, buffer = self._sock, self._buffer
+        sock, buffer = self._sock, self._read_ahead
         if sock is None:
             raise self._not_open()
         searched = 0
@@ -380,7 +380,7 @@ class TcpConnection(_Tcp, StreamConnection):
         try:
             self._trust_no_bytes(sock)
             # From here on close() has to close the new socket: it has taken over the descriptor.
-            self._sock = self._tls = tls = wrap_tls(sock, tls_context, name)
+            self._sock = self._tls_socket = tls = wrap_tls(sock, tls_context, name)
             await self._shake_hands(tls, deadline)
         except BaseException as error:
             self.close()
@@ -411,9 +411,9 @@ class TcpConnection(_Tcp, StreamConnection):
 
     async def _secure(self, sock: _Socket, deadline: float | None) -> ssl.SSLSocket | None:
         self._vet(sock)
-        if self._context is None:
+        if self._default_tls is None:
             return None
-        self._unready = tls = wrap_tls(sock, self._context, self._server_hostname)
+        self._unready = tls = wrap_tls(sock, self._default_tls, self._server_hostname)
         try:
             await self._shake_hands(tls, deadline)
         except BaseException:

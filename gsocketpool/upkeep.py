@@ -156,7 +156,7 @@ class Upkeep:
 
     def _reap(self, pool: Driver[Any]) -> None:
         try:
-            pool._drop_expired()
+            pool._reap()
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:

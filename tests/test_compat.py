@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
+import gevent.event
 import pytest
 from gevent import socket
 
@@ -732,6 +733,59 @@ def test_a_subclass_that_would_replace_what_the_pool_itself_does_is_refused_by_n
 
         class Mine(Pool[TcpConnection]):
             def failed(self) -> None: ...  # type: ignore[override]
+
+
+@pytest.mark.parametrize("name", ["_close", "_drop", "_call", "_ready", "_spawn", "_closed"])
+def test_a_private_name_of_the_pools_own_is_refused_in_a_subclass(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"Mine\.{name} would replace what the pool itself does: use another name"):
+        type("Mine", (Pool,), {name: lambda self: None})
+
+
+def test_a_subclass_as_geventconnpool_wanted_it_is_told_what_to_do() -> None:
+    with pytest.raises(TypeError, match=r"Mine\._new_connection is geventconnpool's: .*wrap\(open"):
+        type("Mine", (Pool,), {"_new_connection": lambda self: None})
+
+
+def test_the_reaper_calls_the_drop_expired_of_a_subclass(server: LineEchoServer) -> None:
+    reaped = gevent.event.Event()
+
+    class Noting(Pool[TcpConnection]):
+        def drop_expired(self) -> None:
+            super().drop_expired()
+            reaped.set()
+
+    with Noting(TcpConnection, {**options_for(server), "lifetime": 0}, reap_interval=0.02) as pool:
+        with pool.connection():
+            pass
+        assert reaped.wait(5)
+        assert pool.stats().closed["expired"] == 1
+
+
+def test_a_line_protocol_may_keep_what_it_has_read_in_a_buffer_of_its_own(server: LineEchoServer) -> None:
+    class Lines(TcpConnection):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self._buffer = b""
+            self._options = options
+
+        def line(self) -> bytes:
+            while b"\n" not in self._buffer:
+                self._buffer += self.recv(3)
+            line, _, self._buffer = self._buffer.partition(b"\n")
+            return line
+
+    with Pool(Lines, options_for(server)) as pool, pool.connection(timeout=5) as conn:
+        conn.send(b"one of some length\nand another\n")
+        assert [conn.line(), conn.line()] == [b"one of some length", b"and another"]
+
+
+def test_a_wrong_call_is_named_as_the_user_has_written_it() -> None:
+    with pytest.raises(TypeError, match=r"^Pool\.__init__\(\) got an unexpected keyword argument 'size'$"):
+        Pool(TcpConnection, size=3)  # type: ignore[call-arg]
+    pool = Pool(TcpConnection, {"host": "127.0.0.1", "port": 1})
+    with pytest.raises(TypeError, match=r"^Pool\.acquire\(\) "):
+        pool.acquire(1, 2, 3)  # type: ignore[call-arg]
+    pool.close()
 
 
 def test_a_pool_can_be_neither_copied_nor_pickled() -> None:

@@ -570,7 +570,7 @@ def test_a_look_up_that_takes_all_the_time_leaves_none_to_connect() -> None:
 
 def test_a_socket_option_that_fails_leaks_nothing() -> None:
     conn = TcpConnection("127.0.0.1", refused_port())
-    conn._options.append((socket.IPPROTO_TCP, 9999, 1))
+    conn._socket_options.append((socket.IPPROTO_TCP, 9999, 1))
     before = descriptors()
     with pytest.raises(OSError, match="Protocol not available"):
         conn.open()

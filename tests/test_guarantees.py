@@ -562,11 +562,14 @@ def test_g4_a_round_of_the_reaper_that_is_interrupted_closes_what_it_had_found_e
 
 def test_g4_a_dial_that_cannot_be_begun_gives_its_permit_back() -> None:
     class Failing(Pool[TcpConnection]):
-        def _spawn(self, job: Any, *args: object) -> object:
-            if getattr(job, "__name__", "") == "_dial":
-                raise RecursionError
-            return super()._spawn(job, *args)
+        pass
 
+    def spawn(pool: Any, job: Any, *args: object) -> object:
+        if getattr(job, "__name__", "") == "_dial":
+            raise RecursionError
+        return Pool._spawn(pool, job, *args)
+
+    Failing._spawn = spawn  # type: ignore[method-assign, assignment]
     pool = Failing(TcpConnection, {"host": "127.0.0.1", "port": refused_port()}, max_connections=1)
     with pytest.raises(RecursionError):
         pool.acquire()

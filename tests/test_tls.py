@@ -86,7 +86,7 @@ def test_tls_true_trusts_the_systems_authorities(
         # This is how OpenSSL is told of other ones.
         monkeypatch.setenv("SSL_CERT_FILE", str(authority.write(tmp_path)))
         first, second = open_to(server, True), open_to(server, True)
-        assert first._context is second._context
+        assert first._default_tls is second._default_tls
         first.send(b"hello")
         assert first.recv() == b"hello"
         first.close()

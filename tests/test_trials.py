@@ -92,11 +92,12 @@ def test_g4_what_could_not_be_closed_for_the_depth_of_the_recursion_is_closed_at
     class Deep(Pool[Line]):
         deep = False
 
-        def _spawn(self, job: Any, *args: object) -> object:
-            if self.deep:
-                raise RecursionError("too deep")
-            return super()._spawn(job, *args)
+    def spawn(pool: Any, job: Any, *args: object) -> object:
+        if pool.deep:
+            raise RecursionError("too deep")
+        return Pool._spawn(pool, job, *args)
 
+    Deep._spawn = spawn  # type: ignore[method-assign, assignment]
     with Deep(Line, {"host": "127.0.0.1", "port": server.port}, max_connections=1, check_after_idle=0.04) as pool:
         line = pool.acquire()
         pool.deep = True

@@ -620,7 +620,7 @@ async def test_who_is_cancelled_while_receiving_has_lost_nothing(rt: Runtime) ->
         for use in uses:
             await do(conn.send(b"12345\n"))
             waiting = rt.spawn(lambda use=use: do(use(conn)))
-            await rt.until(lambda: len(conn._buffer) == 6)
+            await rt.until(lambda: len(conn._read_ahead) == 6)
             rt.cancel(waiting)
             assert isinstance(await rt.outcome(waiting), rt.killed)
             assert await do(conn.recv()) == b"12345\n"

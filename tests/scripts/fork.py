@@ -699,12 +699,16 @@ class ForkAtSpawn(Pool[Line]):
     job = ""
     act: Job
 
-    def _spawn(self, job: Callable[..., object], *args: object) -> object:
-        task = super()._spawn(job, *args)
-        if job.__name__ == self.job:
-            self.job = ""
-            self.act()
-        return task
+
+def spawn_and_act(pool: Any, job: Callable[..., object], *args: object) -> object:
+    task = Pool._spawn(pool, job, *args)
+    if job.__name__ == pool.job:
+        pool.job = ""
+        pool.act()
+    return task
+
+
+ForkAtSpawn._spawn = spawn_and_act  # type: ignore[method-assign, assignment]
 
 
 def dial_not_begun(fork: Fork) -> None:
