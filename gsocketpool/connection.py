@@ -112,7 +112,8 @@ class Connection:
         """Return whether the connection can be lent: by default :meth:`is_connected`. Must not block.
 
         A pool asks before it lends a connection that idled longer than ``check_after_idle``, and when something can be
-        read on an idle one whose :meth:`fileno` it knows. False or an exception discards the connection.
+        read on an idle one whose :meth:`fileno` it knows. False or an exception discards the connection; None passes, since
+        what raises when something is wrong often returns nothing.
         """
         return self.is_connected()
 
@@ -126,7 +127,8 @@ class Connection:
         """Make sure that neither the peer nor anything on the way gives the connection up: by default :meth:`check`.
 
         A pool with ``keepalive`` calls it on idle connections, in a greenlet of its own: it may wait for the peer's
-        answer. False or an exception discards the connection; so does taking longer than ``Pool.keepalive_grace``.
+        answer. False or an exception discards the connection, and None does not, as for :meth:`check`; so does taking
+        longer than ``Pool.keepalive_grace``.
         """
         return self.check()
 
@@ -210,7 +212,8 @@ def wrap(
 
     :param open: called with the pool's ``options``; returns a new object, open and ready for use.
     :param close: called with the object when its time is over. By default its own ``close()``.
-    :param check: called with an object that idled; says whether it can be lent. Must not block. None: it can.
+    :param check: called with an object that idled; says whether it can be lent, or answers None and raises if not. Must
+        not block. None: it can.
     :param reset: called with an object that was given back; an exception discards the object. None: nothing to do.
     :param keepalive: called with an object that has idled for the pool's ``keepalive`` seconds; may wait for the peer.
         False or an exception discards the object. None: ``check``.

@@ -50,7 +50,7 @@ from gsocketpool.forking import kept, pools
 from gsocketpool.lifetime import Limits
 from gsocketpool.loans import Ledger, Loan
 from gsocketpool.log import say
-from gsocketpool.operations import describe, operations_of, plainly
+from gsocketpool.operations import describe, operations_of, passes, plainly
 from gsocketpool.settings import Settings
 from gsocketpool.stats import Holder, PoolStats
 from gsocketpool.upkeep import Alone, Keeper, Upkeep, checks_always
@@ -593,7 +593,7 @@ class Driver(Core[C]):
         if self._settings.check_after_idle is None:
             return True
         try:
-            passed = bool(self._operations.check(member.connection))
+            passed = passes(self._operations.check(member.connection))
         except BaseException as error:
             mine = member.holder is not None  # else dropped meanwhile, or this is the child of a fork
             self._reject(member)

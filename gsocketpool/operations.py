@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from gsocketpool.connection import AnyStream, Connection, Wrap
 
-__all__ = ["Functions", "Methods", "Operations", "describe", "descriptor_of", "operations_of", "plainly"]
+__all__ = ["Functions", "Methods", "Operations", "describe", "descriptor_of", "operations_of", "passes", "plainly"]
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -165,6 +165,12 @@ def descriptor_of(operations: Operations[Any], connection: object) -> int | None
 def describe(connection: object) -> str:
     """Name it without its repr, which is user code and may rely on the peer."""
     return f"<{type(connection).__name__} at {id(connection):#x}>"
+
+
+def passes(answer: object) -> bool:
+    """Whether a check or a keepalive that has answered this has passed. What raises if something is wrong, such as a
+    ``ping()``, often answers None."""
+    return answer is None or bool(answer)
 
 
 def refuse_async(name: str, treatment: object) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from gsocketpool.core import INSPECTED, Member, Place, new_place
 from gsocketpool.lifetime import NEVER, equal_jitter, full_jitter
-from gsocketpool.operations import descriptor_of
+from gsocketpool.operations import descriptor_of, passes
 from gsocketpool.settings import Settings
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Upkeep:
         try:
             if member.holder is INSPECTED:  # else it was dropped, or this is the child of a fork
                 self.look_away(pool, member)
-                alive = bool(pool._within(pool.keepalive_grace, pool._operations.keepalive, member.connection))
+                alive = passes(pool._within(pool.keepalive_grace, pool._operations.keepalive, member.connection))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from .harness import BOUND, CANCEL, Runtime, do, needs, within
-from .kinds import Script
+from .kinds import Script, Scripted
 
 
 def failing(error: BaseException, times: int = 1) -> Any:
@@ -60,6 +60,34 @@ async def test_g8_a_check_that_says_no_costs_the_connection_without_a_word(rt: R
             assert connection.number == expected
     assert pool.stats().closed["stale"] == 1
     assert script.most == 1
+
+
+class Pinging(Scripted):
+    """Raises if something is wrong, and answers nothing."""
+
+    async def check(self) -> None:  # type: ignore[override]
+        self.script.said.append(("check", self.number))
+
+    async def keepalive(self) -> None:  # type: ignore[override]
+        self.script.said.append(("keepalive", self.number))
+
+
+async def test_a_check_that_raises_nothing_and_answers_nothing_has_passed(rt: Runtime) -> None:
+    script = Script()
+    pool = rt.pool(Pinging, {"script": script}, max_connections=1, check_after_idle=0)
+    for _ in range(3):
+        async with within(pool.connection(timeout=BOUND)) as connection:
+            assert connection.number == 0
+    assert script.count("check") == 2
+
+
+async def test_a_keepalive_that_raises_nothing_and_answers_nothing_has_passed(rt: Runtime) -> None:
+    script = Script()
+    pool = rt.pool(Pinging, {"script": script}, max_connections=1, keepalive=0.01)
+    async with within(pool.connection(timeout=BOUND)):
+        pass
+    await rt.until(lambda: script.count("keepalive") >= 2)
+    assert pool.stats().opened == 1
 
 
 async def test_g4_a_reset_that_fails_costs_the_connection_and_nothing_else(rt: Runtime, logged: Any) -> None:
