@@ -15,7 +15,15 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-import eventlet
+try:
+    import eventlet
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "gsocketpool.eventlet needs eventlet, which is not there. Install it with:\n"
+        '    pip install "gsocketpool[eventlet]"',
+        name="eventlet",
+    ) from error
+
 from eventlet.greenthread import GreenThread
 from eventlet.hubs import epolls, get_hub
 from eventlet.patcher import original

@@ -144,6 +144,21 @@ def test_gevent_is_not_loaded() -> None:
     assert program(text) == "False"
 
 
+def test_without_eventlet_it_says_how_to_install_it() -> None:
+    text = """
+        import sys
+        sys.modules["eventlet"] = None
+        try:
+            import gsocketpool.eventlet
+        except ImportError as error:
+            print(error)
+    """
+    assert program(text).splitlines() == [
+        "gsocketpool.eventlet needs eventlet, which is not there. Install it with:",
+        '    pip install "gsocketpool[eventlet]"',
+    ]
+
+
 # Kills and timeouts
 
 
