@@ -10,7 +10,7 @@ import os
 import platform
 
 import gsocketpool
-from benchmarks import asyncio, threads
+from benchmarks import asyncio, listening, threads
 from benchmarks import measure as m
 from benchmarks.peers import PEERS
 
@@ -23,6 +23,7 @@ CASES = {
     "kills": "The kill test",
     "threads": "Threads: unpatched, without gevent",
     "asyncio": "asyncio",
+    "listening": "Listeners and metrics",
 }
 
 
@@ -32,7 +33,11 @@ def head() -> str:
     versions = [f"{platform.python_implementation()} {platform.python_version()}"]
     versions += [f"{name} {importlib.metadata.version(name)}" for name in ("gevent", "greenlet")]
     versions += [f"gsocketpool {gsocketpool.__version__}"]
-    peers = {peer.distribution: peer for peers in (PEERS, threads.PEERS, asyncio.PEERS) for peer in peers.values()}
+    peers = {
+        peer.distribution: peer
+        for peers in (PEERS, threads.PEERS, asyncio.PEERS, listening.PEERS)
+        for peer in peers.values()
+    }
     versions += [f"{name} {peer.version()}" for name, peer in peers.items() if peer.version()]
     if asyncio.uvloop_there():
         versions += [f"uvloop {importlib.metadata.version('uvloop')}"]

@@ -207,7 +207,7 @@ class Driver(Core[C]):
             limits=Limits(idle_timeout, max_lifetime, lifetime_jitter, max_uses, keepalive),
             fifo=order == "fifo",
             always_cold=checks_always(settings),
-            records=notes or audience.hears("borrowed", "returned"),
+            records=notes or audience.hears_loans,
             budget=budget,
             break_after=breaker,
         )
@@ -685,7 +685,7 @@ class Driver(Core[C]):
         try:
             if self._ledger is not None:
                 self._ledger.begin(self, member)
-            if self._audience.hears("borrowed", "returned"):
+            if self._audience.hears_loans:
                 member.lent_at = monotonic()
                 self._tell("borrowed", member.connection, member.lent_at - started)
         except BaseException:  # too deep a recursion, or a kill while a listener waits
@@ -758,7 +758,7 @@ class Driver(Core[C]):
         try:
             connection = self._call(self._create_connection)
             self._vet(connection)
-            if self._audience.hears("opened"):
+            if "opened" in self._audience.heard:
                 self._tell_opened(connection, monotonic() - began, epoch)
         except BaseException as error:
             ends_the_program = isinstance(error, (KeyboardInterrupt, SystemExit))
@@ -1025,7 +1025,7 @@ class Driver(Core[C]):
 
     def _tell(self, event: str, *args: object) -> None:
         """Tell the listeners of it. Others may run meanwhile."""
-        if self._audience.hears(event):
+        if event in self._audience.heard:
             self._call(self._audience.hear, self, event, *args)
 
     def _tell_alone(self, event: str, *args: object) -> None:

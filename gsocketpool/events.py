@@ -86,10 +86,10 @@ class Audience:
             for event in EVENTS
         }
         self._failed: set[tuple[str, int]] = set()  # the event, and whose method
-
-    def hears(self, *events: str) -> bool:
-        """Whether anybody listens to one of these."""
-        return any(self._methods[event] for event in events)
+        #: What somebody listens to.
+        self.heard = frozenset(event for event, methods in self._methods.items() if methods)
+        #: Whether that is, among other things, who borrows or gives back.
+        self.hears_loans = not self.heard.isdisjoint(("borrowed", "returned"))
 
     def hear(self, pool: Driver[Any], event: str, *args: object) -> None:
         """Tell everybody who listens to it."""
