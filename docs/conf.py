@@ -4,6 +4,7 @@ import sys
 import warnings
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gsocketpool
@@ -15,7 +16,7 @@ author = "the gsocketpool authors"
 copyright = "2026, the gsocketpool authors"
 release = version = gsocketpool.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx_design"]
+extensions = ["sphinx.ext.autodoc", "sphinx_design", "pool_pictures"]
 exclude_patterns = ["_build"]
 default_role = "code"
 
@@ -38,4 +39,5 @@ html_title = f"gsocketpool {release}"
 html_show_sphinx = False
 html_copy_source = False
 html_static_path = ["_static"]
-html_css_files = ["phone.css"]
+html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"

@@ -9,15 +9,15 @@ from gevent import monkey
 
 monkey.patch_all()  # before imaplib is imported: its sockets let other greenlets run
 
-import imaplib  # noqa: E402
-import logging  # noqa: E402
-import select  # noqa: E402
-import sys  # noqa: E402
-from typing import Any  # noqa: E402
+import imaplib
+import logging
+import select
+import sys
+from typing import Any
 
-from gevent.server import StreamServer  # noqa: E402
+from gevent.server import StreamServer
 
-from gsocketpool import Pool, retry, wrap  # noqa: E402
+from gsocketpool import Pool, retry, wrap
 
 logging.basicConfig(stream=sys.stdout, format="%(name)s: %(message)s", level=logging.INFO)
 log = logging.getLogger("mail")

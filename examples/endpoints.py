@@ -7,12 +7,12 @@ from gevent import monkey
 
 monkey.patch_all()  # before psycopg is imported: it waits through `select`, and lets other greenlets run
 
-import select  # noqa: E402
-import sys  # noqa: E402
+import select
+import sys
 
-import psycopg  # noqa: E402
+import psycopg
 
-from gsocketpool import PoolGroup, wrap  # noqa: E402
+from gsocketpool import PoolGroup, wrap
 
 poll = monkey.get_original("select", "poll")  # asked with a timeout of 0 it answers at once
 

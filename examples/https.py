@@ -9,15 +9,15 @@ from gevent import monkey
 
 monkey.patch_all()  # before http.client is imported: it uses `socket` and `ssl`
 
-import http.client  # noqa: E402
-import ssl  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Mapping  # noqa: E402
-from typing import Any  # noqa: E402
+import http.client
+import ssl
+import sys
+from collections.abc import Mapping
+from typing import Any
 
-import gevent  # noqa: E402
+import gevent
 
-from gsocketpool import Pool, retry, wrap  # noqa: E402
+from gsocketpool import Pool, retry, wrap
 
 
 class Response(http.client.HTTPResponse):

@@ -9,16 +9,16 @@ from gevent import monkey
 
 monkey.patch_all()  # before smtplib is imported: it uses `socket` and `ssl`
 
-import os  # noqa: E402
-import smtplib  # noqa: E402
-import ssl  # noqa: E402
-import sys  # noqa: E402
-from email.message import EmailMessage  # noqa: E402
-from typing import Any  # noqa: E402
+import os
+import smtplib
+import ssl
+import sys
+from email.message import EmailMessage
+from typing import Any
 
-import gevent  # noqa: E402
+import gevent
 
-from gsocketpool import Pool, wrap  # noqa: E402
+from gsocketpool import Pool, wrap
 
 
 def dial(host: str, port: int, user: str, password: str, context: ssl.SSLContext) -> smtplib.SMTP:

@@ -9,20 +9,20 @@ from gevent import monkey
 
 monkey.patch_all()  # before thriftpy2 is imported: it uses `socket`
 
-import select  # noqa: E402
-import sys  # noqa: E402
-import threading  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import select
+import sys
+import threading
+from pathlib import Path
+from typing import Any
 
-import gevent  # noqa: E402
-import thriftpy2  # noqa: E402
-from thriftpy2.protocol import TBinaryProtocolFactory  # noqa: E402
-from thriftpy2.server import TThreadedServer  # noqa: E402
-from thriftpy2.thrift import TApplicationException, TClient, TProcessor  # noqa: E402
-from thriftpy2.transport import TBufferedTransportFactory, TServerSocket, TSocket  # noqa: E402
+import gevent
+import thriftpy2
+from thriftpy2.protocol import TBinaryProtocolFactory
+from thriftpy2.server import TThreadedServer
+from thriftpy2.thrift import TApplicationException, TClient, TProcessor
+from thriftpy2.transport import TBufferedTransportFactory, TServerSocket, TSocket
 
-from gsocketpool import Connection, Pool  # noqa: E402
+from gsocketpool import Connection, Pool
 
 stock: Any = thriftpy2.load(str(Path(__file__).parent / "stock.thrift"), module_name="stock_thrift")
 poll = monkey.get_original("select", "poll")  # asked with a timeout of 0 it answers at once

@@ -112,8 +112,8 @@ class Connection:
         """Return whether the connection can be lent: by default :meth:`is_connected`. Must not block.
 
         A pool asks before it lends a connection that idled longer than ``check_after_idle``, and when something can be
-        read on an idle one whose :meth:`fileno` it knows. False or an exception discards the connection; None passes, since
-        what raises when something is wrong often returns nothing.
+        read on an idle one whose :meth:`fileno` it knows. False or an exception discards the connection; None passes,
+        since what raises when something is wrong often returns nothing.
         """
         return self.is_connected()
 

@@ -328,7 +328,7 @@ class Driver(Core[C]):
             opening=self._dialling,
             waiting=self.waiting,
             max_connections=self._max_connections,
-            # In this order and from a copy, since another thread may read it: what retires meanwhile counts once or not.
+            # In this order and from a copy, for another thread may read it: what retires meanwhile counts once or not.
             acquired=self._retired_uses + sum([member.uses for member in [*self._members.values()]]),
             opened=self._opened,
             open_failures=self._open_failures,

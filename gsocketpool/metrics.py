@@ -6,12 +6,12 @@ pool pays nothing for them. What is measured at each loan, `histograms=True` ask
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import threading
 import weakref
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from operator import add
@@ -26,13 +26,16 @@ from gsocketpool.stats import PoolStats
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
     from prometheus_client import CollectorRegistry
-    from prometheus_client.core import HistogramMetricFamily
+    from prometheus_client import Histogram as PrometheusHistogram
     from prometheus_client.metrics_core import Metric
 
 __all__ = ["OpenTelemetry", "Prometheus"]
 
 #: Upper bounds of the histograms' buckets, in seconds.
 BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+#: What the histograms of wait, use and dial times are about.
+DESCRIPTIONS: Final = ("How long a borrower waited.", "How long a borrower kept it.", "How long opening one took.")
 
 #: The states of a breaker, as `PoolStats.breaker` calls them.
 BREAKER_STATES: Final = ("closed", "open", "half-open")
@@ -72,30 +75,6 @@ def _renew_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
-
-
-class Histogram:
-    """How long something took, each time. Any thread may observe and read."""
-
-    __slots__ = ("__weakref__", "_counts", "_lock", "_sum")
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(BUCKETS) + 1)
-        self._sum = 0.0
-        self._lock = threading.RLock()
-        _locked.add(self)
-
-    def observe(self, seconds: float) -> None:
-        """It has taken so long."""
-        bucket = bisect_left(BUCKETS, seconds)
-        with self._lock:
-            self._counts[bucket] += 1
-            self._sum += seconds
-
-    def read(self) -> tuple[list[int], float]:
-        """How often for each bucket by itself, the last one is that of what took longer; and the sum in seconds."""
-        with self._lock:
-            return self._counts[:], self._sum
 
 
 class Times(NamedTuple):
@@ -332,6 +311,8 @@ class Prometheus(Exporter):
                 collector = _Collector()
                 registry.register(collector)
                 _collectors[registry] = collector
+            if histograms:
+                collector.make_histograms(registry)
         self._begin(collector.book, collector.times_for, histograms)
 
 
@@ -339,15 +320,26 @@ class _Collector:
     """What a registry of Prometheus asks."""
 
     def __init__(self) -> None:
-        self._histograms: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
+        self._histograms: list[PrometheusHistogram] = []
         self.book = Book(forget=self._forget)
 
-    def _forget(self, name: str) -> None:
-        self._histograms.pop(name, None)
+    def make_histograms(self, registry: CollectorRegistry) -> None:
+        """Before any pool is timed; once is enough."""
+        from prometheus_client import Histogram
+
+        if not self._histograms:
+            self._histograms = [
+                Histogram(f"gsocketpool_{name}_seconds", description, ["pool"], registry=registry, buckets=BUCKETS)
+                for name, description in zip(("wait", "use", "dial"), DESCRIPTIONS, strict=True)
+            ]
 
     def times_for(self, name: str) -> Times:
-        found = self._histograms.setdefault(name, (Histogram(), Histogram(), Histogram()))
-        return Times(*(histogram.observe for histogram in found))
+        return Times(*(histogram.labels(name).observe for histogram in self._histograms))
+
+    def _forget(self, name: str) -> None:
+        for histogram in self._histograms:
+            with contextlib.suppress(KeyError):  # it was never timed
+                histogram.remove(name)
 
     def describe(self) -> Iterator[Metric]:
         """What it may answer, without asking the pools."""
@@ -357,7 +349,7 @@ class _Collector:
         return self._families(self.book.read())
 
     def _families(self, readings: list[Reading]) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         connections = GaugeMetricFamily(
             "gsocketpool_connections", "Connections, by what becomes of them.", labels=["pool", "state"]
@@ -389,23 +381,6 @@ class _Collector:
             for reason, count in reading.closed.items():
                 closed.add_metric([*label, reason], count)
         yield from (connections, most, waiting, breaker, acquired, opened, failures, exhausted, closed)
-
-        wait = HistogramMetricFamily("gsocketpool_wait_seconds", "How long a borrower waited.", labels=["pool"])
-        use = HistogramMetricFamily("gsocketpool_use_seconds", "How long a borrower kept it.", labels=["pool"])
-        dial = HistogramMetricFamily("gsocketpool_dial_seconds", "How long opening one took.", labels=["pool"])
-        for reading in readings:
-            for family, histogram in zip((wait, use, dial), self._histograms.get(reading.name, ()), strict=False):
-                _add_histogram(family, reading.name, histogram)
-        yield from (family for family in (wait, use, dial) if family.samples or not readings)
-
-
-def _add_histogram(family: HistogramMetricFamily, name: str, histogram: Histogram) -> None:
-    counts, total = histogram.read()
-    buckets, below = [], 0
-    for bound, count in zip((*map(str, BUCKETS), "+Inf"), counts, strict=True):
-        below += count
-        buckets.append((bound, below))
-    family.add_metric([name], buckets, total)
 
 
 class OpenTelemetry(Exporter):
@@ -476,11 +451,6 @@ COUNTERS: Final = (
     ("gsocketpool.connection.open_failures", "{failure}", "Dials that failed.", _one("open_failures")),
     ("gsocketpool.connection.closed", "{connection}", "Connections closed, by reason.", _closed),
 )
-HISTOGRAMS: Final = (
-    ("db.client.connection.wait_time", "How long a borrower waited."),
-    ("db.client.connection.use_time", "How long a borrower kept it."),
-    ("db.client.connection.create_time", "How long opening one took."),
-)
 
 
 class _Instruments:
@@ -503,8 +473,10 @@ class _Instruments:
         """Before any pool is timed; once is enough."""
         if not self._histograms:
             self._histograms = [
-                self._meter.create_histogram(name, "s", description, explicit_bucket_boundaries_advisory=BUCKETS)
-                for name, description in HISTOGRAMS
+                self._meter.create_histogram(
+                    f"db.client.connection.{name}_time", "s", description, explicit_bucket_boundaries_advisory=BUCKETS
+                )
+                for name, description in zip(("wait", "use", "create"), DESCRIPTIONS, strict=True)
             ]
 
     def times_for(self, name: str) -> Times:

@@ -798,7 +798,7 @@ MAY_GROW: Final = {
     "greenlets": 0,
     "members": 0,
     "places": 0,
-    "timers, watchers": CAP,  # an idle connection has one from its first tick on, which may be before the count or after
+    "timers, watchers": CAP,  # an idle connection has one from its first tick on, before the count or after
     "sockets": CAP,  # some are closed, and still known to a greenlet that is about to end
     "objects": 100,
     "memory blocks": 500,

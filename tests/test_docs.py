@@ -110,13 +110,6 @@ def test_the_line_protocol_example_runs() -> None:
     ]
 
 
-def test_the_postgres_example_runs(postgres: Postgres) -> None:
-    assert run("postgres.py", postgres.dsn) == [
-        str([number * number for number in range(20)]),
-        "20 times lent",
-    ]
-
-
 def test_the_endpoints_example_runs(postgres: Postgres) -> None:
     replica = f"{postgres.dsn} dbname=template1"  # of the same server, and yet another place
     assert run("endpoints.py", postgres.dsn, replica, replica) == [
