@@ -19,7 +19,7 @@ from asyncio import get_running_loop
 from collections.abc import Callable
 from threading import get_ident
 from time import monotonic
-from types import EllipsisType, FrameType, TracebackType
+from types import CoroutineType, EllipsisType, FrameType, TracebackType
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from greenlet import GreenletExit, getcurrent
@@ -40,6 +40,7 @@ from gsocketpool.exceptions import (
 )
 from gsocketpool.group import Endpoint as GroupEndpoint
 from gsocketpool.group import Group
+from gsocketpool.loans import outwards
 from gsocketpool.retrying import for_asyncio as retry
 from gsocketpool.stats import GroupStats, Holder, PoolStats
 from gsocketpool.streams import Connection, StreamConnection, TcpConnection, UnixConnection
@@ -452,6 +453,19 @@ class Pool(_Async, Driver[C]):
 
     def _borrower(self) -> object:
         return asyncio.current_task() or getcurrent()
+
+    def _frames_of(self, borrower: Any) -> list[FrameType]:
+        if not isinstance(borrower, asyncio.Task):
+            return []
+        awaited: Any = borrower.get_coro()
+        frames: list[FrameType] = []
+        while isinstance(awaited, CoroutineType):  # a task that waits has no stack, but a chain of these
+            frames[:0] = outwards(awaited.cr_frame)
+            awaited = awaited.cr_await
+        return frames
+
+    def _is_over(self, borrower: Any) -> bool:
+        return isinstance(borrower, asyncio.Task) and borrower.done()
 
     def _outer_frame(self) -> FrameType | None:
         parent = getcurrent().parent

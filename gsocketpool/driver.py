@@ -126,6 +126,7 @@ class Driver(Core[C]):
         "_call",
         "_drains",
         "_factory",
+        "_failed_at",
         "_failing_since",
         "_filling",
         "_given_up",
@@ -224,10 +225,12 @@ class Driver(Core[C]):
         # No longer the pool's though their borrowers may still have them: giving one back is no mistake.
         self._given_up: dict[int, C] = {}
 
-        self._talking: set[object] = set()  # jobs of the pool's own that are opening, closing or asking a connection
+        # Jobs of the pool's own that are opening, closing or asking a connection: what they do, and since when.
+        self._talking: dict[object, tuple[str, float]] = {}
         self._filling = initial_connections > 0  # the stock comes after them
 
         self._failing_since = 0.0  # when the first of the last dials that failed in a row did, by the calendar
+        self._failed_at = 0.0  # when the last one did
 
         self._settle_in()
         self._upkeep = Upkeep(settings, self._keeper())
@@ -754,7 +757,7 @@ class Driver(Core[C]):
         generation = self._generation
         began = monotonic()
         problem: BaseException | None = None
-        self._talking.add(self._borrower())  # not by a name: an error's traceback would tie it to itself
+        self._talking[self._borrower()] = "opening", began  # not by a name: an error's traceback would tie it to itself
         try:
             connection = self._call(self._create_connection)
             self._vet(connection)
@@ -778,7 +781,7 @@ class Driver(Core[C]):
             else:
                 kept.append(connection)
         finally:
-            self._talking.discard(self._borrower())
+            self._talking.pop(self._borrower(), None)
             self._start_dials()
             self._wake_drains()
         try:
@@ -789,6 +792,7 @@ class Driver(Core[C]):
             del problem  # it refers to this frame
 
     def _failed(self, place: Place[C] | None, problem: BaseException, spare: bool, struck: bool) -> None:
+        self._failed_at = monotonic()
         if not self._strikes:
             self._failing_since = time.time()
         trips = self._trips
@@ -960,7 +964,7 @@ class Driver(Core[C]):
     def _close_one(self, member: Member[C], tally: _Tally[C], epoch: int) -> None:
         mine = False
         problem: BaseException | None = None
-        self._talking.add(self._borrower())  # not by a name: an error's traceback would tie it to itself
+        self._talking[self._borrower()] = "closing", monotonic()  # not by a name, for the same reason
         try:
             mine = epoch == self._epoch and self.closes(member)  # else this is the child of a fork, or one too many
             if mine:
@@ -971,7 +975,7 @@ class Driver(Core[C]):
         except BaseException as error:
             problem = error
         finally:
-            self._talking.discard(self._borrower())
+            self._talking.pop(self._borrower(), None)
             if mine and epoch == self._epoch:
                 self.freed(member.connection)
             tally.left -= 1
@@ -1118,6 +1122,15 @@ class Driver(Core[C]):
     def _waiter_at(self, place: Place[C]) -> object:
         """Whoever stands there, where that can be told; else None."""
         return None
+
+    def _frames_of(self, borrower: Any) -> list[FrameType]:
+        """Where a borrower is now, the innermost frame first; none, the default, if that cannot be told, or it is who
+        asks."""
+        return []
+
+    def _is_over(self, borrower: Any) -> bool:
+        """Whether a borrower has ended. False, the default, if that cannot be told."""
+        return False
 
     def _outer_frame(self) -> FrameType | None:
         """The frame that called the outermost one that Python knows here, where there is one all the same."""

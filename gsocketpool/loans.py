@@ -20,12 +20,21 @@ from gsocketpool.stats import Holder
 if TYPE_CHECKING:
     from gsocketpool.driver import Driver
 
-__all__ = ["Ledger", "Loan"]
+__all__ = ["Ledger", "Loan", "outwards"]
 
 #: Frames of the borrower that are kept: the innermost ones.
 DEPTH: Final = 20
 
 _HERE: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+def outwards(frame: FrameType | None) -> list[FrameType]:
+    """A frame, who called it, who called that, and so on."""
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
 
 
 class Loan:

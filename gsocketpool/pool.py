@@ -6,6 +6,7 @@ import functools
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
+from types import FrameType
 from typing import Any, Final, TypeVar
 
 import gevent
@@ -16,6 +17,7 @@ from gsocketpool.blocking import BlockingGroup, BlockingPool
 from gsocketpool.core import Member, Place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 from gsocketpool.group import Endpoint as GroupEndpoint
+from gsocketpool.loans import outwards
 from gsocketpool.upkeep import stirred
 
 __all__ = ["ConnectionNotFoundError", "Pool", "PoolClosedError", "PoolError", "PoolExhaustedError", "PoolGroup"]
@@ -243,6 +245,12 @@ class Pool(BlockingPool[C]):
 
     def _borrower(self) -> object:
         return getcurrent()
+
+    def _frames_of(self, borrower: Any) -> list[FrameType]:
+        return outwards(borrower.gr_frame)
+
+    def _is_over(self, borrower: Any) -> bool:
+        return bool(borrower.dead)
 
     def _waiter_at(self, place: Place[C]) -> object:
         return getattr(place.waiter, "__self__", None)  # it is the greenlet's `switch`

@@ -19,7 +19,7 @@ import weakref
 from _thread import allocate_lock, get_ident
 from collections import deque
 from collections.abc import Callable
-from types import EllipsisType, TracebackType
+from types import EllipsisType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from gsocketpool import connection as _connection
@@ -40,6 +40,7 @@ from gsocketpool.exceptions import (
     PoolExhaustedError,
 )
 from gsocketpool.group import Endpoint as GroupEndpoint
+from gsocketpool.loans import outwards
 from gsocketpool.poller import Poller, Watch
 from gsocketpool.retrying import for_threads as retry
 from gsocketpool.sockets import ThreadSockets
@@ -408,6 +409,12 @@ class Pool(BlockingPool[C]):
 
     def _borrower(self) -> object:
         return threading.current_thread()
+
+    def _frames_of(self, borrower: Any) -> list[FrameType]:
+        return outwards(sys._current_frames().get(borrower.ident))
+
+    def _is_over(self, borrower: Any) -> bool:
+        return not borrower.is_alive()
 
     def _may_raise(self, error: BaseException) -> bool:
         return True

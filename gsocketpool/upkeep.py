@@ -117,7 +117,6 @@ class Upkeep:
     def agenda(self, pool: Driver[Any]) -> list[tuple[float, str]]:
         """What is due, and when by `monotonic`'s time; some of it never."""
         return [
-            (self._next_tick, "see which connections idle"),
             (self._next_reap, "drop_expired()"),
             (self._rest_until, "dial again for min_idle"),
             (self._trial_at, "let one dial pass the breaker"),
@@ -175,7 +174,7 @@ class Upkeep:
 
     def _prove(self, pool: Driver[Any], member: Member[Any]) -> None:
         alive = False
-        pool._talking.add(pool._borrower())
+        pool._talking[pool._borrower()] = "asking whether it lives", monotonic()
         try:
             if member.holder is INSPECTED:  # else it was dropped, or this is the child of a fork
                 self.look_away(pool, member)
@@ -186,7 +185,7 @@ class Upkeep:
             if member.holder is INSPECTED:
                 pool._report("keepalive() failed; the connection is closed", error)
         finally:
-            pool._talking.discard(pool._borrower())
+            pool._talking.pop(pool._borrower(), None)
             self._proving -= 1
             if not alive:
                 pool._discard(member, "stale")

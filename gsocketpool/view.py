@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from operator import itemgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
+from gsocketpool.complaints import failing
 from gsocketpool.connection import AnyStream
 from gsocketpool.core import INSPECTED, RETURNING, Member, Place
 from gsocketpool.forking import pools
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     from gsocketpool.group import Group
 
 __all__ = ["debug", "draw_group", "draw_pool"]
+
+#: What only waits for somebody else's code: of no interest to who asks where a borrower is.
+PLUMBING: Final = frozenset(
+    ("asyncio", "eventlet", "gevent", "greenlet", "gsocketpool", "selectors", "socket", "ssl", "threading")
+)
 
 #: So many connections of a kind, and waiters, are listed; of the rest only the number is told.
 MOST_LISTED: Final = 50
@@ -36,6 +43,7 @@ def draw_pool(pool: Driver[Any]) -> str:
     lines = [_headline(pool), *_totals(pool)]
     lines += _section("in use, the longest held first", _lent(pool, now))
     lines += _section("idle, what is lent next first", _idle(pool, now))
+    lines += _section("opening, closing, asking whether it lives", _talking(pool, now))
     lines += _section("waiting, who is served next first", _waiting(pool, now))
     lines += _section("what the pool does next", _due(pool, now))
     return "\n".join(lines) + "\n"
@@ -69,12 +77,13 @@ def _totals(pool: Driver[Any]) -> list[str]:
     stats = pool.stats()
     closed = ", ".join(f"{count:,} {reason}" for reason, count in stats.closed.items() if count)
     lines = [
-        f"since the start: lent {stats.acquired:,} times, opened {stats.opened:,}, {stats.open_failures:,} dials "
-        f"failed, exhausted {stats.exhausted:,} times",
+        f"since the start: {stats.acquired:,} loans, {stats.opened:,} dials, {stats.open_failures:,} failed dials, "
+        f"{stats.exhausted:,} times exhausted",
         f"closed: {closed or 'none'}",
     ]
     if pool._last_error is not None:
-        lines.append(f"the last connect error: {pool._last_error!r}")
+        ago = _span(monotonic() - pool._failed_at)
+        lines.append(f"{failing(pool)}, the last one {ago} ago: {pool._last_error!r}")
     return [INDENT + line for line in lines]
 
 
@@ -103,7 +112,7 @@ def _lent(pool: Driver[Any], now: float) -> list[str]:
         elif holder is RETURNING:
             text = f"{name} is being reset"
         elif loan is not None:
-            text = f"{name} for {held} by {loan.borrower!r}, borrowed {loan.where()}"
+            text = f"{name} for {held} by {loan.borrower!r}, borrowed {loan.where()}{_state_of(pool, loan.borrower)}"
         elif member.lent_at:
             text = f"{name} for {held}"
         else:
@@ -117,6 +126,25 @@ def _lent(pool: Driver[Any], now: float) -> list[str]:
     return lines
 
 
+def _state_of(pool: Driver[Any], borrower: object) -> str:
+    """What a borrower does now."""
+    if pool._is_over(borrower):
+        return ", and has ended"
+    state = ""
+    for frame in pool._frames_of(borrower):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in PLUMBING:
+            state = f", now in {frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+            break
+    if pool._ledger is not None and pool._ledger.is_waiting(borrower):
+        state += ", and waits for a further one"
+    return state
+
+
+def _talking(pool: Driver[Any], now: float) -> list[str]:
+    jobs = sorted(pool._talking.values(), key=itemgetter(1))
+    return [f"{what} for {_span(now - since)}" for what, since in jobs]
+
+
 def _idle(pool: Driver[Any], now: float) -> list[str]:
     cold, warm = list(pool._cold), list(pool._warm)
     order = [*cold, *warm] if pool._fifo else [*reversed(warm), *reversed(cold)]
@@ -125,7 +153,7 @@ def _idle(pool: Driver[Any], now: float) -> list[str]:
 
 def _idle_one(pool: Driver[Any], member: Member[Any], now: float) -> str:
     idled = f"for {_span(now - member.since)}" if member.cold and member.since else "just now"
-    parts = [f"{_name(member.connection)} {idled}", f"lent {member.uses:,} times"]
+    parts = [f"{_name(member.connection)} {idled}", f"lent {member.uses:,} times" if member.uses > 1 else "lent once"]
     if member.retire_at < math.inf:
         parts.append(f"too old in {_span(member.retire_at - now)}")
     return ", ".join(parts)

@@ -341,7 +341,7 @@ def test_the_functions_of_a_wrap_are_asked_when_the_methods_of_a_connection_woul
 
 
 def test_a_wrapped_check_that_says_no_in_any_way_discards(server: LineEchoServer) -> None:
-    answers: list[object] = [False, None, 0, ""]
+    answers: list[object] = [False, 0, "", []]
     with Pool(wrap(Odd, check=lambda odd: answers.pop()), {"port": server.port}, check_after_idle=0) as pool:
         while answers:
             with pool.connection():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +91,7 @@ async def test_why_a_connection_was_closed_is_told(rt: Runtime) -> None:
         await do(pool.clear())
     await rt.until(lambda: pool.total == 0)
     reasons = [event[1:] for event in heard.events if event[0] == "closed"]
-    assert reasons == [(0, "discarded"), (1, "dropped"), (2, "cleared")]
+    assert sorted(reasons) == [(0, "discarded"), (1, "dropped"), (2, "cleared")]
     assert [event for event, *_ in heard.events].count("borrowed") == 3
     assert [event for event, *_ in heard.events].count("returned") == 3
 
@@ -226,19 +227,65 @@ async def test_a_listener_of_a_group_hears_each_endpoint(rt: Runtime) -> None:
     await do(group.close())
 
 
+# The picture
+
+
 async def test_the_picture_says_who_has_what_and_who_waits(rt: Runtime) -> None:
     script = Script()
     pool = script.pool(rt, max_connections=1, name="watched", leak_threshold=BOUND)
-    connection = await do(pool.acquire(timeout=BOUND))
+    has_begun, may_end = rt.event(), rt.event()
+
+    async def hold_for_long() -> None:
+        async with within(pool.connection(timeout=BOUND)):
+            has_begun.set()
+            await may_end.wait()
+
+    holder = rt.spawn(hold_for_long)
+    await has_begun.wait()
     waiter = rt.spawn(lambda: do(pool.acquire(timeout=BOUND)))
     await rt.waiting(pool, 1)
     lines = pool.debug().splitlines()
-    assert lines[0] == ("Pool 'watched': 1 in use, 0 idle, 0 opening, 0 closing: 1 of at most 1; 1 waiting")
-    lent = lines.index("  in use, the longest held first")
-    assert "borrowed in test_the_picture_says_who_has_what_and_who_waits" in lines[lent + 1] or "(" in lines[lent + 1]
-    assert "  waiting, who is served next first" in lines
-    assert pool.debug() in rt.api.debug() or "watched" in rt.api.debug()
-    await do(pool.release(connection))
-    [second] = await rt.join(waiter)
+    assert lines[0] == "Pool 'watched': 1 in use, 0 idle, 0 opening, 0 closing: 1 of at most 1; 1 waiting"
+    lent = lines[lines.index("  in use, the longest held first") + 1]
+    assert "<Scripted at " in lent
+    assert re.search(r", borrowed in \w+ \(.*\.py:\d+\), now in [\w<>]+ \(.*\.py:\d+\)$", lent), lent
+    [waits] = [line for line in lines if re.search(r" for \d\.\d{3} s$", line)]
+    assert lines.index(waits) == lines.index("  waiting, who is served next first") + 1
+    assert all(line in rt.api.debug().splitlines() for line in (lines[0], "  waiting, who is served next first"))
+    may_end.set()
+    [_, second] = await rt.join(holder, waiter)
     await do(pool.release(second))
-    assert "  idle, what is lent next first" in pool.debug().splitlines()
+    lines = pool.debug().splitlines()
+    assert "2 loans, 1 dials" in lines[1]
+    assert re.search(r"just now, lent 2 times$", lines[lines.index("  idle, what is lent next first") + 1])
+
+
+async def test_the_picture_says_what_is_being_opened_and_what_went_wrong_last(rt: Runtime) -> None:
+    may_open = rt.event()
+
+    async def fail(_: Any) -> None:
+        await may_open.wait()
+        raise OSError("nobody there")
+
+    script = Script(on_open=fail)
+    pool = script.pool(rt, max_connections=1)
+    asking = rt.spawn(lambda: do(pool.acquire(timeout=BOUND)))
+    await rt.until(lambda: script.count("open"))
+    lines = pool.debug().splitlines()
+    opening = lines[lines.index("  opening, closing, asking whether it lives") + 1]
+    assert re.fullmatch(r"    opening for \d\.\d{3} s", opening), opening
+    may_open.set()
+    with pytest.raises(OSError, match="nobody there"):
+        await rt.join(asking)
+    said = next(line for line in pool.debug().splitlines() if "in a row" in line)
+    assert re.fullmatch(
+        r"    1 dial in a row has failed, the last one \d\.\d{3} s ago: OSError\('nobody there'\)", said
+    )
+
+
+async def test_the_picture_of_a_closed_or_paused_pool_says_so(rt: Runtime) -> None:
+    pool = Script().pool(rt, name="halted")
+    pool.pause()
+    assert pool.debug().startswith("Pool 'halted', PAUSED: 0 in use")
+    await do(pool.close())
+    assert pool.debug().startswith("Pool 'halted', CLOSED, PAUSED: 0 in use")
