@@ -207,7 +207,7 @@ def test_a_pool_that_lends_interrupted_connections_again_fails(monkeypatch: pyte
 
     result = demonstrate(monkeypatch, Careless)
 
-    assert "requests got the reply to another one" in result.stderr
+    assert "requests got the reply to another one" in result.output
 
 
 def test_a_pool_that_loses_a_slot_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_a_pool_that_loses_a_slot_fails(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(demo, "VICTIMS", 1)
     result = demonstrate(monkeypatch, Losing)
 
-    assert "1 of 10 slots are lost: in the end only 9 borrowers were served at once" in result.stderr
+    assert "1 of 10 slots are lost: in the end only 9 borrowers were served at once" in result.output
 
 
 def test_a_pool_that_opens_too_many_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_a_pool_that_opens_too_many_fails(monkeypatch: pytest.MonkeyPatch) -> No
 
     result = demonstrate(monkeypatch, Greedy)
 
-    assert "the server saw 12 sockets at once, and the cap is 10" in result.stderr
+    assert "the server saw 12 sockets at once, and the cap is 10" in result.output
 
 
 def test_an_error_in_a_borrower_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_an_error_in_a_borrower_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     result = demonstrate(monkeypatch, Moody)
 
-    assert "FAILED: PoolExhaustedError: not today (and" in result.stderr
+    assert "FAILED: PoolExhaustedError: not today (and" in result.output
 
 
 def test_a_pool_that_gets_stuck_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +260,7 @@ def test_a_pool_that_gets_stuck_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "PATIENCE", 0.5)
     result = demonstrate(monkeypatch, Stuck)
 
-    assert "were not done after 0.5 s" in result.stderr
+    assert "were not done after 0.5 s" in result.output
 
 
 def test_a_report_without_a_kill_proves_nothing() -> None:
