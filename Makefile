@@ -69,7 +69,7 @@ clean:
 
 # One stamp for each set of dependencies, older than pyproject.toml once that has changed.
 
-$(VENV)/.demo: EXTRA := cli
+$(VENV)/.demo: EXTRA := demo
 $(VENV)/.test: EXTRA := test
 $(VENV)/.check: EXTRA := check
 $(VENV)/.docs: EXTRA := docs

@@ -16,9 +16,10 @@ from gevent.event import Event
 from rich.console import Console
 
 import gsocketpool
-from gsocketpool import Pool, PoolExhaustedError, demo
+from gsocketpool import Pool, PoolExhaustedError
 from gsocketpool.__main__ import main
-from gsocketpool.demo import Demo, Plan, Report, quantile
+from gsocketpool.cli import demo
+from gsocketpool.cli.demo import Demo, Plan, Report, quantile
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,7 +94,7 @@ def test_a_terminal_gets_a_bar_that_is_gone_in_the_end(monkeypatch: pytest.Monke
                 **options | {"file": screen, "force_terminal": True, "_environ": {"TERM": "xterm"}, "width": 100}
             )
 
-    monkeypatch.setattr("gsocketpool.__main__.Console", Terminal)
+    monkeypatch.setattr("gsocketpool.cli.main.Console", Terminal)
     with screen:
         result = CliRunner().invoke(main, ["demo", "--requests", "300"])
         screen.seek(0)

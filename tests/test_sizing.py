@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from gsocketpool.__main__ import main
-from gsocketpool.load import Address, Request, Target, is_here, measure, unescape
-from gsocketpool.sizing import (
+from gsocketpool.cli.load import Address, Request, Target, is_here, measure, unescape
+from gsocketpool.cli.sizing import (
     Plan,
     Point,
     Sample,
@@ -711,7 +711,7 @@ def test_a_terminal_gets_a_bar_that_is_gone_in_the_end(monkeypatch: pytest.Monke
                 **options | {"file": screen, "force_terminal": True, "_environ": {"TERM": "xterm"}, "width": 100}
             )
 
-    monkeypatch.setattr("gsocketpool.size.Console", Terminal)
+    monkeypatch.setattr("gsocketpool.cli.size.Console", Terminal)
     with screen:
         result = CliRunner().invoke(main, ["size", *BRIEF, "--service", "0.002"])
         screen.seek(0)
@@ -754,7 +754,7 @@ def test_the_practice_server_ends_with_who_started_it() -> None:
     code = "\n".join(
         (
             "import sys",
-            "from gsocketpool.practice import Practice, PracticeServer",
+            "from gsocketpool.cli.practice import Practice, PracticeServer",
             "with PracticeServer(Practice()) as server:",
             "    print(server._process.pid, flush=True)",
             "    sys.stdin.read()",

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gsocketpool import __version__
-from gsocketpool.load import Address, NoAnswerError, Request, Target, first_contact, is_here, run, shorten, unescape
-from gsocketpool.practice import Practice, PracticeServer
-from gsocketpool.sizing import (
+from gsocketpool.cli.load import Address, NoAnswerError, Request, Target, first_contact, is_here, run, shorten, unescape
+from gsocketpool.cli.practice import Practice, PracticeServer
+from gsocketpool.cli.sizing import (
     LONGEST,
     Plan,
     Point,
@@ -35,7 +35,7 @@ from gsocketpool.sizing import (
     step_seconds,
     words,
 )
-from gsocketpool.tables import of_points
+from gsocketpool.cli.tables import of_points
 
 __all__ = ["size"]
 
@@ -248,8 +248,7 @@ def _refuse_picture(picture: Path | None) -> None:
         missing = importlib.util.find_spec("matplotlib") is None
     if missing:
         raise click.UsageError(
-            "--picture needs matplotlib, and it is not there. Install it with:\n"
-            '    pip install "gsocketpool[cli]" matplotlib'
+            '--picture needs matplotlib, and it is not there. Install it with:\n    pip install "gsocketpool[cli]"'
         )
 
 
@@ -411,7 +410,7 @@ def _show(talk: Console, found: Found) -> None:
 
 
 def _draw(talk: Console, found: Found, picture: Path) -> None:
-    from gsocketpool import charts
+    from gsocketpool.cli import charts
 
     name = found.target.address.text
     if found.practice:

@@ -48,7 +48,13 @@ class PracticeServer:
     def __enter__(self) -> PracticeServer:
         # In a session of its own: Ctrl-C is not for it. It ends when its standard input does, whatever becomes of us.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "gsocketpool.practice", str(self._practice.workers), str(self._practice.service)],
+            [
+                sys.executable,
+                "-m",
+                __name__,
+                str(self._practice.workers),
+                str(self._practice.service),
+            ],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Load for a server, by way of a pool: what :mod:`gsocketpool.sizing` makes its figures of.
+"""Load for a server, by way of a pool: what :mod:`gsocketpool.cli.sizing` makes its figures of.
 
 The loop is closed: so many greenlets each borrow a connection, send a request, read the reply, give the connection
 back, and begin again.
@@ -22,6 +22,7 @@ import gevent
 from gevent import socket
 from gevent.event import Event
 
+from gsocketpool.cli.sizing import Plan, Sample, Step, merge
 from gsocketpool.connection import (
     EndOfStreamError,
     LimitExceededError,
@@ -30,7 +31,6 @@ from gsocketpool.connection import (
     UnixConnection,
 )
 from gsocketpool.pool import Pool
-from gsocketpool.sizing import Plan, Sample, Step, merge
 
 __all__ = ["Address", "Request", "Target", "first_contact", "measure", "run", "unescape"]
 

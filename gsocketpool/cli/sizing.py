@@ -1,7 +1,7 @@
 """How large a pool should be: what to measure, and what the figures say.
 
-Nothing here opens a socket or looks at a clock: :mod:`gsocketpool.load` measures, :mod:`gsocketpool.tables` and
-:mod:`gsocketpool.charts` show. Times are seconds, rates are requests a second.
+Nothing here opens a socket or looks at a clock: :mod:`gsocketpool.cli.load` measures, :mod:`gsocketpool.cli.tables` and
+:mod:`gsocketpool.cli.charts` show. Times are seconds, rates are requests a second.
 
 How the knee is found. Throughput is measured several times at each size, and the median counts. The tolerance is 5 %,
 or what runs of the same size typically differ by, if that is more. The knee is the smallest size whose throughput is
@@ -27,7 +27,7 @@ from random import Random
 from statistics import fmean, median
 from typing import Any, Final
 
-from gsocketpool.demo import quantile
+from gsocketpool.cli.demo import quantile
 
 __all__ = ["Plan", "Point", "Sample", "Step", "Verdict", "judge", "little", "merge"]
 

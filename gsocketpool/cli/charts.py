@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from gsocketpool.sizing import Point, Verdict
+from gsocketpool.cli.sizing import Point, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

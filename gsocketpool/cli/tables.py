@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from gsocketpool.demo import Report, quantile
-from gsocketpool.sizing import Point, Verdict
+from gsocketpool.cli.demo import Report, quantile
+from gsocketpool.cli.sizing import Point, Verdict
 
 __all__ = ["of_points", "of_report"]
 

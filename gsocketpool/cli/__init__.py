@@ -1,0 +1,1 @@
+"""``python -m gsocketpool``. Nothing of the pool needs it; it needs the extra ``cli``."""

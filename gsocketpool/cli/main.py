@@ -1,0 +1,114 @@
+"""The commands: a pool at work, and (in :mod:`gsocketpool.cli.size`) how large one should be."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from gsocketpool import __version__
+from gsocketpool.cli.demo import THINKING, Demo, Plan, Report
+from gsocketpool.cli.size import size
+from gsocketpool.cli.tables import of_report
+
+__all__ = ["main"]
+
+#: Seconds between two looks at the progress.
+REFRESH = 0.1
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Without a command, the demo runs.",
+)
+@click.version_option(__version__, prog_name="gsocketpool")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """gsocketpool, a connection pool for gevent."""
+    if context.invoked_subcommand is None:
+        context.invoke(demo)
+
+
+@main.command()
+@click.option("--requests", type=click.IntRange(min=100), default=Plan.requests, show_default=True, help="To be sent.")
+@click.option(
+    "--greenlets", type=click.IntRange(min=2), default=Plan.greenlets, show_default=True, help="That send them."
+)
+@click.option(
+    "--connections", type=click.IntRange(min=1), default=Plan.connections, show_default=True, help="That they share."
+)
+@click.option("--seed", type=int, default=Plan.seed, show_default=True, help="Decides who is killed.")
+def demo(
+    requests: int = Plan.requests,
+    greenlets: int = Plan.greenlets,
+    connections: int = Plan.connections,
+    seed: int = Plan.seed,
+) -> None:
+    """Many greenlets share few connections to an echo server, and some of them are killed.
+
+    Takes about five seconds. The exit status is 1 if anything came out that a pool must not let happen: a wrong reply,
+    an error, a lost slot, a socket too many.
+    """
+    plan = Plan(requests, greenlets, connections, seed)
+    console = Console(highlight=False)
+    least, most = (round(seconds * 1000) for seconds in THINKING)
+    console.print(
+        f"{plan.greenlets:,} greenlets send {plan.requests:,} requests through a pool of {plan.connections:,}, "
+        f"to an echo server that thinks {least} to {most} ms. Halfway, some of them are killed (seed {plan.seed})."
+    )
+    console.print()
+    with Demo(plan) as running:
+        report = _watch(running, console)
+    console.print(of_report(report))
+    failures = report.failures()
+    errors = Console(stderr=True, highlight=False)
+    for failure in failures:
+        errors.print("FAILED:", failure, style="bold red", markup=False, soft_wrap=True)
+    if failures:
+        sys.exit(1)
+    console.print()
+    console.print("The kill cost nobody anything.", style="green")
+
+
+def _watch(running: Demo, console: Console) -> Report:
+    if console.is_terminal and not console.is_dumb_terminal:
+        return _watch_bar(running, console)
+    quarter = 1
+    while not running.wait(REFRESH):
+        while running.report.answered * 4 >= running.report.plan.requests * quarter:
+            console.print(f"{quarter * 25:3} % of the requests are answered", markup=False)
+            quarter += 1
+    console.print()
+    return running.finish()
+
+
+def _watch_bar(running: Demo, console: Console) -> Report:
+    # Refreshed from here, not by rich's thread, which would compete with the work that is shown.
+    with Progress(
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+    ) as progress:
+        task: TaskID = progress.add_task("", total=running.report.plan.requests)
+        done = False
+        while not done:
+            done = running.wait(REFRESH)
+            report, pool = running.report, running.pool
+            killed = report.killed_working + report.killed_waiting
+            progress.update(
+                task,
+                completed=report.answered,
+                description=f"{pool.in_use} in use, {pool.waiting} waiting" + (f", {killed} killed" if killed else ""),
+                refresh=True,
+            )
+        return running.finish()
+
+
+main.add_command(size)
