@@ -17,9 +17,9 @@ from rich.console import Console
 
 import gsocketpool
 from gsocketpool import Pool, PoolExhaustedError
-from gsocketpool.__main__ import main
 from gsocketpool.cli import demo
 from gsocketpool.cli.demo import Demo, Plan, Report, quantile
+from gsocketpool.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 

@@ -26,8 +26,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gsocketpool.__main__ import main
 from gsocketpool.cli.load import Address, Request, Target, is_here, measure, unescape
+from gsocketpool.cli.main import main
 from gsocketpool.cli.sizing import (
     Plan,
     Point,
