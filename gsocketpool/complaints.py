@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gsocketpool.core import INSPECTED
 from gsocketpool.exceptions import BreakerOpenError, PoolExhaustedError
 from gsocketpool.loans import Loan
+from gsocketpool.operations import shown
 
 if TYPE_CHECKING:
     from gsocketpool.driver import Driver
@@ -42,7 +43,7 @@ def exhausted(
         f"{stats.idle} idle, {stats.opening} opening, {pool._closing} closing, {stats.waiting} others waiting"
     ]
     if pool._last_error is not None:
-        parts.append(f"the last connect error was {pool._last_error!r}")
+        parts.append(f"the last connect error was {shown(pool._last_error)}")
     if advice is None:
         if pool._max_waiting is not None and stats.waiting >= pool._max_waiting:
             parts.append(f"as many wait as max_waiting={pool._max_waiting} allows")
@@ -61,7 +62,7 @@ def broken(pool: Driver[Any], started: float) -> BreakerOpenError:
     when = f"in {left:.2f} s" if left and not pool._trying else "under way"
     text = (
         f"{pool._label} dials no more for now: {failing(pool)}, the first {ago:.1f} s ago, at "
-        f"{time.strftime('%H:%M:%S', time.localtime(pool._failing_since))}, the last with {pool._last_error!r}; "
+        f"{time.strftime('%H:%M:%S', time.localtime(pool._failing_since))}, the last with {shown(pool._last_error)}; "
         f"the next try is {when} (breaker={pool._break_after})"
     )
     error = BreakerOpenError(
@@ -91,7 +92,7 @@ def _who_holds(pool: Driver[Any]) -> list[str]:
     longest: Loan | None = min((m.loan for m in members if m.loan is not None), key=_since, default=None)
     if longest is not None:
         held = monotonic() - longest.since
-        found.append(f"{longest.borrower!r} has held one for {held:.3f} s, borrowed {longest.where()}")
+        found.append(f"{pool._name_of(longest.borrower)} has held one for {held:.3f} s, borrowed {longest.where()}")
     return found
 
 

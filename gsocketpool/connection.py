@@ -115,7 +115,7 @@ class Connection:
         read on an idle one whose :meth:`fileno` it knows. False or an exception discards the connection; None passes,
         since what raises when something is wrong often returns nothing.
         """
-        return self.is_connected()
+        return bool(self.is_connected())
 
     def reset(self) -> object:
         """Make the connection ready for its next borrower: by default nothing is done.
@@ -212,8 +212,8 @@ def wrap(
 
     :param open: called with the pool's ``options``; returns a new object, open and ready for use.
     :param close: called with the object when its time is over. By default its own ``close()``.
-    :param check: called with an object that idled; says whether it can be lent, or answers None and raises if not. Must
-        not block. None: it can.
+    :param check: called with an object that idled; False or an exception: it cannot be lent. What answers None has
+        passed, as a ``ping()`` does: write ``c.sock is not None``, not ``c.sock``. Must not block. Not given: all can.
     :param reset: called with an object that was given back; an exception discards the object. None: nothing to do.
     :param keepalive: called with an object that has idled for the pool's ``keepalive`` seconds; may wait for the peer.
         False or an exception discards the object. None: ``check``.

@@ -19,7 +19,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from types import EllipsisType, FrameType
 from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
@@ -48,9 +48,9 @@ from gsocketpool.exceptions import (
 )
 from gsocketpool.forking import kept, pools
 from gsocketpool.lifetime import Limits
-from gsocketpool.loans import Ledger, Loan
+from gsocketpool.loans import HERE, Ledger, Loan
 from gsocketpool.log import say
-from gsocketpool.operations import describe, operations_of, passes, plainly
+from gsocketpool.operations import describe, operations_of, passes, plainly, refuse_coroutine, shown
 from gsocketpool.settings import Settings
 from gsocketpool.stats import Holder, PoolStats
 from gsocketpool.upkeep import Alone, Keeper, Upkeep, checks_always
@@ -85,9 +85,14 @@ _CORE_NAMES: Final = frozenset(name for name in vars(Core) if not name.startswit
 }
 
 
+#: Private names of the pool's that a subclass has: to override the first, and the second by itself.
+_FOR_SUBCLASSES: Final = frozenset(("_create_connection", "_lease"))
+
+
 def is_ours(method: object) -> bool:
     """Whether a method is the package's own, and not a subclass's."""
-    return str(getattr(method, "__module__", "")).startswith("gsocketpool.")
+    # By where its code is: a decorator of the user's copies the name of the module.
+    return str(getattr(getattr(method, "__code__", None), "co_filename", "")).startswith(HERE)
 
 
 class Borrowing(Generic[C]):
@@ -252,17 +257,23 @@ class Driver(Core[C]):
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("gsocketpool."):
             return
-        ours = [vars(base) for base in cls.__mro__[1:] if base.__module__.startswith("gsocketpool.")]
-        finished = any(base.get("_runtime") for base in ours)  # else it is a runtime of somebody's own
-        for name in cls.__dict__:
-            private = finished and name.startswith("_") and not name.startswith("__") and name != "_create_connection"
-            if name in _CORE_NAMES or (private and any(name in base for base in ours)):
-                raise TypeError(f"{cls.__qualname__}.{name} would replace what the pool itself does: use another name")
-            if name == "_new_connection":
-                raise TypeError(
-                    f"{cls.__qualname__}._new_connection is geventconnpool's: give what opens a connection to the pool "
-                    "instead, as Pool(wrap(open, keepalive=...), max_connections=...), or override _create_connection()"
+        pools = [base for base in cls.__mro__ if issubclass(base, Core) and base.__module__.startswith("gsocketpool.")]
+        finished = any(vars(base).get("_runtime") for base in pools)  # else it is a runtime of somebody's own
+        for base in cls.__mro__[: cls.__mro__.index(pools[0])]:
+            for name in vars(base):
+                private = (
+                    finished and name.startswith("_") and not name.startswith("__") and name not in _FOR_SUBCLASSES
                 )
+                if name in _CORE_NAMES or (private and any(name in vars(pool) for pool in pools)):
+                    raise TypeError(
+                        f"{base.__qualname__}.{name} would replace what the pool itself does: use another name"
+                    )
+                if name == "_new_connection":
+                    raise TypeError(
+                        f"{base.__qualname__}._new_connection is geventconnpool's: give what opens a connection to the "
+                        "pool instead, as Pool(wrap(open, keepalive=...), max_connections=...), or override "
+                        "_create_connection()"
+                    )
 
     # What never waits
 
@@ -315,7 +326,7 @@ class Driver(Core[C]):
 
         Who has borrowed, and since when somebody waits, is known while `leak_threshold` or `reclaim` is set.
         """
-        return draw_pool(self)
+        return draw_pool(self) if hasattr(self, "_upkeep") else repr(self)
 
     @property
     def closed(self) -> bool:
@@ -684,7 +695,8 @@ class Driver(Core[C]):
             self._close_all([member])
 
     def _begin_loan(self, member: Member[C], started: float) -> bool:
-        """Note who borrows it, and say so. False if it was dropped meanwhile."""
+        """Note who borrows it, and say so. False if it was dropped or given back meanwhile."""
+        uses = member.uses
         try:
             if self._ledger is not None:
                 self._ledger.begin(self, member)
@@ -694,7 +706,7 @@ class Driver(Core[C]):
         except BaseException:  # too deep a recursion, or a kill while a listener waits
             self._discard(member)
             raise
-        return member.holder is not None
+        return member.holder is not None and member.uses == uses
 
     def _end_loan(self, member: Member[C]) -> float | None:
         """For how long it was lent, if listeners were told that it is."""
@@ -786,7 +798,7 @@ class Driver(Core[C]):
             self._wake_drains()
         try:
             if problem is not None and epoch == self._epoch:
-                self._tell_alone("open_failed", problem, monotonic() - began)
+                self._tell_alone("open_failed", without_traceback(problem), monotonic() - began)
             return problem
         finally:
             del problem  # it refers to this frame
@@ -882,7 +894,10 @@ class Driver(Core[C]):
                 tally.error = self._dial(None, False, self._epoch) or tally.error
                 tally.left -= 1
             if tally.unstarted == tally.left and tally.error is None and tally.left:  # no permit, and nothing runs
-                tally.error = exhausted(self, began, f"{tally.left} of {count} initial connections missing")
+                try:
+                    tally.error = exhausted(self, began, f"{tally.left} of {count} initial connections missing")
+                except BaseException as error:  # of a listener
+                    tally.error = error
             if tally.error is not None or not tally.left:
                 self._wake(tally.place)
 
@@ -904,7 +919,10 @@ class Driver(Core[C]):
             self._tell_closed(place)
         self._wake_ready()
         self._upkeep.end(self)
-        return self._close_all(idle)
+        tally = self._close_all(idle)
+        if "detached" in self._audience.heard:
+            self._spawn(self._tell_alone, "detached")  # the collector may be who closes it, and waits for nobody
+        return tally
 
     def _tell_closed(self, place: Place[C]) -> None:
         place.error = PoolClosedError(f"{self._label} was closed while this borrower waited")
@@ -932,11 +950,18 @@ class Driver(Core[C]):
             granted_to = self.retire(member, "closed")
             if granted_to is not None:
                 self._tell_closed(granted_to)
-        try:
-            for member, held in returned:
+        interrupted: BaseException | None = None
+        for member, held in returned:
+            try:
                 self._tell_returned(member, held)
-        finally:
-            self._close_all(kept)
+            except BaseException as error:
+                interrupted = interrupted or error
+            self._close_all([member])
+        if interrupted is not None:
+            try:
+                raise interrupted
+            finally:
+                del interrupted  # it refers to this frame
 
     def _close_late(self) -> None:
         """Close what was retired and nobody closes."""
@@ -978,19 +1003,31 @@ class Driver(Core[C]):
             self._talking.pop(self._borrower(), None)
             if mine and epoch == self._epoch:
                 self.freed(member.connection)
-            tally.left -= 1
-            if not tally.left:
-                self._wake(tally.place)
+            if not (mine and epoch == self._epoch and "closed" in self._audience.heard):
+                self._count_off(tally)
             self._wake_drains()
             if mine and epoch == self._epoch:
                 self._start_dials()
+                if "closed" in self._audience.heard:
+                    # In a job of its own: in threads few can close at once, and a listener may take its time.
+                    self._spawn(self._tell_closing, member, tally)
         try:
             if problem is not None and epoch == self._epoch:
                 self._report("close() failed", problem)
-            if mine and epoch == self._epoch:
-                self._tell_alone("closed", member.connection, member.reason)
         finally:
             del problem  # it refers to this frame
+
+    def _tell_closing(self, member: Member[C], tally: _Tally[C]) -> None:
+        try:
+            self._tell_alone("closed", member.connection, member.reason)
+        finally:
+            self._count_off(tally)
+
+    def _count_off(self, tally: _Tally[C]) -> None:
+        """One job less."""
+        tally.left -= 1
+        if not tally.left:
+            self._wake(tally.place)
 
     def _after_fork(self, members: list[Member[C]], connections: list[C], places: list[Place[C]]) -> None:
         """In the child: none of these connections is its own."""
@@ -1022,7 +1059,7 @@ class Driver(Core[C]):
         )
 
     def _report(self, what: str, error: BaseException, trace: bool = True) -> None:
-        self._say(logging.WARNING, "%s: %s: %r", self._label, what, error, error=error if trace else None)
+        self._say(logging.WARNING, "%s: %s: %s", self._label, what, shown(error), error=error if trace else None)
 
     def _say(self, level: int, text: str, *args: object, error: BaseException | None = None) -> None:
         self._call(say, level, text, *args, error=error)
@@ -1052,6 +1089,7 @@ class Driver(Core[C]):
             self._tell("opened", connection, duration)
         except BaseException:
             self._close_half_open(connection, epoch)
+            self._tell_alone("closed", connection, "discarded")
             raise
         finally:
             self.disclaim(connection)
@@ -1123,6 +1161,10 @@ class Driver(Core[C]):
         """Whoever stands there, where that can be told; else None."""
         return None
 
+    def _name_of(self, borrower: object) -> str:
+        """What a borrower is called, for people: nothing that he was given, for that may be a password."""
+        return shown(borrower)
+
     def _frames_of(self, borrower: Any) -> list[FrameType]:
         """Where a borrower is now, the innermost frame first; none, the default, if that cannot be told, or it is who
         asks."""
@@ -1166,13 +1208,6 @@ def without_traceback(error: BaseException) -> BaseException:
         return like if type(like) is type(error) and like.args == error.args else error
     except Exception:
         return error
-
-
-def refuse_coroutine(answer: object, whose: str) -> None:
-    """What was to be awaited has not been: it must not pass for done."""
-    if isinstance(answer, Coroutine):
-        answer.close()
-        raise TypeError(f"{whose} answered a coroutine: only a pool of gsocketpool.asyncio can await it")
 
 
 def is_patched() -> bool:

@@ -8,6 +8,7 @@ from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Final
 
 from gsocketpool.log import say
+from gsocketpool.operations import refuse_coroutine, shown
 
 if TYPE_CHECKING:
     from gsocketpool.driver import Driver
@@ -31,6 +32,9 @@ class Listener:
 
     def attached(self, pool: Any) -> None:
         """A pool with this listener is being made. Nothing of it is open."""
+
+    def detached(self, pool: Any) -> None:
+        """The pool was closed, by hand or because nobody referred to it. What it has lent may still come back."""
 
     def opened(self, pool: Any, connection: Any, seconds: float) -> None:
         """A dial has succeeded.
@@ -93,14 +97,24 @@ class Audience:
 
     def hear(self, pool: Driver[Any], event: str, *args: object) -> None:
         """Tell everybody who listens to it."""
+        interrupted: BaseException | None = None
         for number, method in enumerate(self._methods[event]):
             try:
-                method(pool, *args)
+                answer = method(pool, *args)
+                if answer is not None:
+                    refuse_coroutine(answer, f"{event}() of a listener")
             except Exception as error:
                 # Once as a warning: a pool has as many events as an error of a listener would fill a disk with.
                 level = logging.DEBUG if (event, number) in self._failed else logging.WARNING
                 self._failed.add((event, number))
-                say(level, "%s: %s() of a listener failed: %r", pool._label, event, error, error=error)
+                say(level, "%s: %s() of a listener failed: %s", pool._label, event, shown(error), error=error)
+            except BaseException as error:
+                interrupted = interrupted or error  # the others have to hear of it all the same
+        if interrupted is not None:
+            try:
+                raise interrupted
+            finally:
+                del interrupted  # it refers to this frame
 
 
 #: Nobody listens.

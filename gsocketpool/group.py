@@ -246,7 +246,7 @@ class Group(Generic[C, P, L]):
         """No other options than these, and not the key: there may be a password in them."""
         where = options.get("host", options.get("path"))
         if isinstance(where, (str, bytes, os.PathLike)):
-            where = os.fsdecode(where).replace("\0", "@")
+            where = os.fsdecode(where).encode(errors="backslashreplace").decode().replace("\0", "@")
             if "host" in options and "port" in options:
                 where = f"[{where}]:{options['port']}" if ":" in where else f"{where}:{options['port']}"
         else:

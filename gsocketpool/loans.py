@@ -20,12 +20,13 @@ from gsocketpool.stats import Holder
 if TYPE_CHECKING:
     from gsocketpool.driver import Driver
 
-__all__ = ["Ledger", "Loan", "outwards"]
+__all__ = ["HERE", "Ledger", "Loan", "outwards"]
 
 #: Frames of the borrower that are kept: the innermost ones.
 DEPTH: Final = 20
 
-_HERE: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
+#: Where the package is.
+HERE: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 def outwards(frame: FrameType | None) -> list[FrameType]:
@@ -56,7 +57,7 @@ class Loan:
         while frame is not None and len(self._frames) < DEPTH:
             code = frame.f_code
             # Not the pool's own frames on the way here, unless it was spawned with nothing above them.
-            if self._frames or not code.co_filename.startswith(_HERE) or not (frame.f_back or outer):
+            if self._frames or not code.co_filename.startswith(HERE) or not (frame.f_back or outer):
                 self._frames.append((code.co_filename, frame.f_lineno, code.co_name))
             frame = frame.f_back or outer  # type: ignore[assignment]
             if frame is outer:
@@ -133,9 +134,9 @@ class Ledger:
             pool._spawn(
                 pool._say,
                 logging.WARNING,
-                "%s: the connection that %r had for so long came back after %.1f s: %s",
+                "%s: the connection that %s had for so long came back after %.1f s: %s",
                 pool._label,
-                loan.borrower,
+                pool._name_of(loan.borrower),
                 monotonic() - loan.since,
                 describe(member.connection),
             )
@@ -152,15 +153,17 @@ class Ledger:
             held = now - loan.since
             pool._say(
                 logging.WARNING,
-                "%s: %r has held a connection for %.1f s, longer than leak_threshold=%g: %s; it was borrowed here:\n%s",
+                "%s: %s has held a connection for %.1f s, longer than leak_threshold=%g: %s; it was borrowed here:\n%s",
                 pool._label,
-                loan.borrower,
+                pool._name_of(loan.borrower),
                 held,
                 self._leak_threshold,
                 describe(member.connection),
                 loan.stack(),
             )
-            pool._tell_alone("leaked", Holder(member.connection, loan.borrower, held, loan.stack()))
+            if "leaked" in pool._audience.heard:  # in a job of its own: the upkeep has other things to do
+                holder = Holder(member.connection, loan.borrower, held, loan.stack())
+                pool._spawn(pool._tell_alone, "leaked", holder)
 
     def forget(self, members: list[Member[Any]]) -> None:
         """Nobody has borrowed anything any more."""
@@ -173,12 +176,17 @@ def take_back(pool: Driver[Any], member: Member[Any], loan: Loan) -> None:
     """The borrower has ended, and nobody else will give it back."""
     if member.loan is loan:
         loan.reported = False  # it does not come back
-        pool._discard(member, "reclaimed")
+        try:
+            pool._discard(member, "reclaimed")
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            pool._report("returned() of a listener was interrupted", error)
         pool._say(
             logging.WARNING,
-            "%s: %r ended without releasing a connection, which is closed: %s; it was borrowed here:\n%s",
+            "%s: %s ended without releasing a connection, which is closed: %s; it was borrowed here:\n%s",
             pool._label,
-            loan.borrower,
+            pool._name_of(loan.borrower),
             describe(member.connection),
             loan.stack(),
         )

@@ -89,13 +89,15 @@ class Seen:
     """What is known of one pool. `shown` is what it had counted when it was last asked, `last` the same when it was
     closed or later."""
 
-    __slots__ = ("gone_since", "key", "last", "name", "ref", "shown", "times")
+    __slots__ = ("gone_since", "key", "last", "name", "ref", "shown", "timer", "times")
 
     def __init__(self, pool: Any) -> None:
         self.ref = weakref.ref(pool)
         self.key = id(pool)
-        self.name: str = pool._settings.name or _name_of(pool._factory)
+        name: str = pool._settings.name or _name_of(pool._factory)
+        self.name = name.encode(errors="backslashreplace").decode()  # else one odd name would spoil the whole scrape
         self.times: Times | None = None
+        self.timer = 0  # whose they are
         self.shown = self.last = NOTHING
         self.gone_since: float | None = None
 
@@ -161,10 +163,10 @@ class Book:
         self._lock = threading.RLock()
         _locked.add(self)
 
-    def attach(self, pool: Any, times_for: Callable[[str], Times] | None) -> None:
+    def attach(self, pool: Any, timer: Timed | None) -> None:
         """Show this pool from now on.
 
-        :param times_for: answers, for a name, who is told what was measured.
+        :param timer: who hears what takes time; of several, the first one counts.
         """
         with self._lock:
             if len(self._seen) >= self._crowd:
@@ -174,8 +176,13 @@ class Book:
             if seen is None or seen.ref() is not pool:
                 seen = self.found[id(pool)] = Seen(pool)
                 self._seen.append(seen)
-            if times_for is not None:
-                seen.times = times_for(seen.name)
+            if timer is not None and seen.times is None:
+                seen.times, seen.timer = timer._times_for(seen.name), id(timer)
+
+    def times_of(self, pool: Any, timer: Timed) -> Times | None:
+        """Who is told what was measured, if it is for this one to tell."""
+        seen = self.found.get(id(pool))
+        return seen.times if seen is not None and seen.timer == id(timer) else None
 
     def look_at(self, pool: Any) -> None:
         """It is closed, and may be gone when it is asked next."""
@@ -236,7 +243,10 @@ class Exporter(Listener):
             self.__class__ = _timed(kind)
 
     def attached(self, pool: Any) -> None:
-        self._book.attach(pool, self._times_for if isinstance(self, Timed) else None)
+        self._book.attach(pool, self if isinstance(self, Timed) else None)
+
+    def detached(self, pool: Any) -> None:
+        self._book.look_at(pool)
 
     def closed(self, pool: Any, connection: Any, reason: str) -> None:
         if pool.closed:
@@ -247,15 +257,22 @@ class Timed(Listener):
     """Hears what takes time."""
 
     _book: Book
+    _times_for: Callable[[str], Times]
 
     def borrowed(self, pool: Any, connection: Any, waited: float) -> None:
-        self._book.found[id(pool)].times.wait(waited)  # type: ignore[union-attr]
+        times = self._book.times_of(pool, self)
+        if times is not None:
+            times.wait(waited)
 
     def returned(self, pool: Any, connection: Any, held: float) -> None:
-        self._book.found[id(pool)].times.use(held)  # type: ignore[union-attr]
+        times = self._book.times_of(pool, self)
+        if times is not None:
+            times.use(held)
 
     def opened(self, pool: Any, connection: Any, seconds: float) -> None:
-        self._book.found[id(pool)].times.dial(seconds)  # type: ignore[union-attr]
+        times = self._book.times_of(pool, self)
+        if times is not None:
+            times.dial(seconds)
 
 
 @functools.cache

@@ -4,14 +4,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from inspect import iscoroutinefunction
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from gsocketpool.connection import AnyStream, Connection, Wrap
 
-__all__ = ["Functions", "Methods", "Operations", "describe", "descriptor_of", "operations_of", "passes", "plainly"]
+__all__ = [
+    "Functions",
+    "Methods",
+    "Operations",
+    "describe",
+    "descriptor_of",
+    "operations_of",
+    "passes",
+    "plainly",
+    "refuse_coroutine",
+    "shown",
+]
+
+#: As much of a repr is shown.
+LONGEST_REPR: Final = 300
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -165,6 +179,22 @@ def descriptor_of(operations: Operations[Any], connection: object) -> int | None
 def describe(connection: object) -> str:
     """Name it without its repr, which is user code and may rely on the peer."""
     return f"<{type(connection).__name__} at {id(connection):#x}>"
+
+
+def shown(value: object) -> str:
+    """Its repr, or what can be said instead: that is user code, may fail, and may be as long as it likes."""
+    try:
+        text = repr(value)
+    except Exception:
+        return describe(value)
+    return text if len(text) <= LONGEST_REPR else f"{text[:LONGEST_REPR]}..."
+
+
+def refuse_coroutine(answer: object, whose: str) -> None:
+    """What was to be awaited has not been: it must not pass for done."""
+    if isinstance(answer, Coroutine):
+        answer.close()
+        raise TypeError(f"{whose} answered a coroutine: only a pool of gsocketpool.asyncio can await it")
 
 
 def passes(answer: object) -> bool:

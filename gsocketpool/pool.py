@@ -18,6 +18,7 @@ from gsocketpool.core import Member, Place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 from gsocketpool.group import Endpoint as GroupEndpoint
 from gsocketpool.loans import outwards
+from gsocketpool.operations import shown
 from gsocketpool.upkeep import stirred
 
 __all__ = ["ConnectionNotFoundError", "Pool", "PoolClosedError", "PoolError", "PoolExhaustedError", "PoolGroup"]
@@ -245,6 +246,15 @@ class Pool(BlockingPool[C]):
 
     def _borrower(self) -> object:
         return getcurrent()
+
+    def _name_of(self, borrower: object) -> str:
+        # gevent's own has the arguments in it.
+        if not isinstance(borrower, gevent.Greenlet):
+            return shown(borrower)
+        run = getattr(borrower, "_run", None)
+        name = getattr(run, "__name__", None) or type(run).__name__
+        given = vars(borrower).get("name")
+        return f"<{type(borrower).__name__}{f' {given!r}' if given else ''} at {id(borrower):#x}: {name}>"
 
     def _frames_of(self, borrower: Any) -> list[FrameType]:
         return outwards(borrower.gr_frame)

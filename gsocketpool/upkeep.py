@@ -159,9 +159,8 @@ class Upkeep:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            if not pool._may_raise(error):
-                raise
-            pool._report("drop_expired() failed", error)
+            if pool._may_raise(error):  # else this job has been ended
+                pool._report("drop_expired() failed", error)
         finally:
             self._reaping = False
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -12,7 +13,7 @@ from gsocketpool.complaints import failing
 from gsocketpool.connection import AnyStream
 from gsocketpool.core import INSPECTED, RETURNING, Member, Place
 from gsocketpool.forking import pools
-from gsocketpool.operations import describe
+from gsocketpool.operations import describe, shown
 
 if TYPE_CHECKING:
     from gsocketpool.driver import Driver
@@ -33,8 +34,8 @@ INDENT: Final = "    "
 
 def debug() -> str:
     """All pools of this process as one text, those in which most wait first; see :meth:`Pool.debug`."""
-    found = sorted(pools.values(), key=lambda pool: (-pool.waiting, -pool.in_use, pool._label))
-    return "\n".join(pool.debug() for pool in found) or "there is no pool\n"
+    alive = [pool for ref in pools.valuerefs() if (pool := ref()) is not None]  # others may make pools meanwhile
+    return "\n".join(_pictures(alive)) or "there is no pool\n"
 
 
 def draw_pool(pool: Driver[Any]) -> str:
@@ -51,8 +52,15 @@ def draw_pool(pool: Driver[Any]) -> str:
 
 def draw_group(group: Group[Any, Any, Any], pools: Iterable[Driver[Any]]) -> str:
     """What `PoolGroup.debug` answers."""
-    found = sorted(pools, key=lambda pool: (-pool.waiting, -pool.in_use, pool._label))
-    return "\n".join([repr(group) + "\n", *(pool.debug() for pool in found)])
+    return "\n".join([repr(group) + "\n", *_pictures(pools)])
+
+
+def _pictures(pools: Iterable[Driver[Any]]) -> Iterator[str]:
+    for pool in sorted(pools, key=lambda pool: (-pool.waiting, -pool.in_use, pool._label)):
+        try:
+            yield pool.debug()
+        except Exception as error:  # it is read while it works, maybe from another thread
+            yield f"{pool._label}: no picture of it could be made: {shown(error)}\n"
 
 
 def _headline(pool: Driver[Any]) -> str:
@@ -77,13 +85,13 @@ def _totals(pool: Driver[Any]) -> list[str]:
     stats = pool.stats()
     closed = ", ".join(f"{count:,} {reason}" for reason, count in stats.closed.items() if count)
     lines = [
-        f"since the start: {stats.acquired:,} loans, {stats.opened:,} dials, {stats.open_failures:,} failed dials, "
-        f"{stats.exhausted:,} times exhausted",
+        f"since the start: {stats.acquired:,} lent, {stats.opened:,} opened, {stats.open_failures:,} failed to open, "
+        f"{stats.exhausted:,} turned away",
         f"closed: {closed or 'none'}",
     ]
     if pool._last_error is not None:
         ago = _span(monotonic() - pool._failed_at)
-        lines.append(f"{failing(pool)}, the last one {ago} ago: {pool._last_error!r}")
+        lines.append(f"{failing(pool)}, the last one {ago} ago: {shown(pool._last_error)}")
     return [INDENT + line for line in lines]
 
 
@@ -112,7 +120,8 @@ def _lent(pool: Driver[Any], now: float) -> list[str]:
         elif holder is RETURNING:
             text = f"{name} is being reset"
         elif loan is not None:
-            text = f"{name} for {held} by {loan.borrower!r}, borrowed {loan.where()}{_state_of(pool, loan.borrower)}"
+            who, state = pool._name_of(loan.borrower), _state_of(pool, loan.borrower)
+            text = f"{name} for {held} by {who}, borrowed {loan.where()}{state}"
         elif member.lent_at:
             text = f"{name} for {held}"
         else:
@@ -161,12 +170,14 @@ def _idle_one(pool: Driver[Any], member: Member[Any], now: float) -> str:
 
 def _waiting(pool: Driver[Any], now: float) -> list[str]:
     if pool._ledger is not None:
-        return [f"{borrower!r} for {_span(now - since)}" for borrower, since in pool._ledger.waiting()]
+        return [f"{pool._name_of(borrower)} for {_span(now - since)}" for borrower, since in pool._ledger.waiting()]
     lines = []
     for queue, what in ((pool._dialled, "a dial for it is under way"), (pool._undialled, "")):
-        for place in queue:
-            who = pool._waiter_at(place)
-            lines.append(", ".join(part for part in ("" if who is None else repr(who), what) if part) or "somebody")
+        for place in [*deque.__iter__(queue)]:  # in one step: others may come and go meanwhile
+            if place.queue is queue:
+                who = pool._waiter_at(place)
+                name = "somebody" if who is None else pool._name_of(who)
+                lines.append(f"{name}, {what}" if what else name)
     return lines
 
 
@@ -178,8 +189,11 @@ def _due(pool: Driver[Any], now: float) -> list[str]:
 
 
 def _name(connection: object) -> str:
-    if isinstance(connection, AnyStream) and (descriptor := connection.fileno()) is not None:
-        return f"{describe(connection)[:-1]}, descriptor {descriptor}>"
+    try:
+        if isinstance(connection, AnyStream) and (descriptor := connection.fileno()) is not None:
+            return f"{describe(connection)[:-1]}, descriptor {descriptor}>"
+    except Exception:
+        pass  # a subclass has one of its own
     return describe(connection)
 
 

@@ -156,7 +156,7 @@ def test_the_example_of_an_own_runtime_runs() -> None:
 
 
 def test_no_example_file_goes_untested() -> None:
-    text = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    text = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py"))
     for example in (ROOT / "examples").iterdir():
         assert example.stem in text or example.name == "__pycache__", example.name
 
