@@ -405,6 +405,14 @@ class AnyStream(Connection):
         seconds = self._timeout if self._connect_timeout is None else self._connect_timeout
         return seconds, None if seconds is None else monotonic() + seconds
 
+    def _reason(self, error: OSError, seconds: float | None) -> str:
+        """What to say of one address that could not be reached."""
+        if isinstance(error, TimeoutError) and error.errno is None and seconds is not None:
+            if hasattr(type(self._unready), "do_handshake"):
+                return f"connected, and the TLS handshake was not done in {seconds:.2f} s: does it speak TLS?"
+            return f"no answer in {seconds:.2f} s"
+        return _reason(error)
+
     def _cannot_connect(self, failures: _Failures, seconds: float | None, deadline: float | None) -> OSError:
         """Return the error for a dial that failed at each of its addresses."""
         late = f" within {seconds:g} s" if deadline is not None and monotonic() >= deadline else ""
@@ -702,7 +710,7 @@ class StreamConnection(GeventSockets, AnyStream):
             try:
                 return self._connect(family, proto, address, share)
             except OSError as error:
-                failures.append((f"{name}: {_reason(error, share)}", error))
+                failures.append((f"{name}: {self._reason(error, share)}", error))
         try:
             raise self._cannot_connect(failures, seconds, deadline)
         finally:
@@ -944,9 +952,7 @@ def _default_context(cert_file: str | None, cert_dir: str | None) -> ssl.SSLCont
     return ssl.create_default_context()
 
 
-def _reason(error: OSError, seconds: float | None = None) -> str:
-    if isinstance(error, TimeoutError) and error.errno is None and seconds is not None:
-        return f"no answer in {seconds:.2f} s"
+def _reason(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 

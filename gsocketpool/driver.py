@@ -143,7 +143,11 @@ class Driver(Core[C]):
         "_talking",
         "_upkeep",
         "_usual_limit",
+        "name",
     )
+
+    #: What logs, errors and ``repr()`` call this pool, as it was given; None: its factory's name.
+    name: str | None
 
     def __init__(
         self,
@@ -217,6 +221,7 @@ class Driver(Core[C]):
             budget=budget,
             break_after=breaker,
         )
+        self.name = name
         self._settings = settings
         self._audience = audience
         self._factory = factory
@@ -366,6 +371,9 @@ class Driver(Core[C]):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a pool cannot be copied or pickled: make another one")
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in _CORE_NAMES]  # which are nobody's else
 
     def __repr__(self) -> str:
         if not hasattr(self, "_upkeep"):
@@ -828,7 +836,10 @@ class Driver(Core[C]):
             text = f"a dial for min_idle={self._min_idle} failed; the next one in {rest:.2f} s"
             self._report(text, problem, trace=self._setbacks == 1)
         elif place is not None and waiter is None:
-            self._report("a dial failed that nobody waits for any more", problem)
+            # As long as no dial succeeds, once: while a server is down there may be very many.
+            level = logging.WARNING if self._strikes <= 1 else logging.DEBUG
+            text = "%s: a dial failed that nobody waits for any more: %s"
+            self._say(level, text, self._label, shown(problem), error=problem)
 
     def _opened_one(self, connection: C, generation: int) -> None:
         if self._operations.resets(connection):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields
@@ -14,6 +13,7 @@ from gsocketpool.arguments import seconds
 from gsocketpool.budget import Budget
 from gsocketpool.driver import Driver, clear_all, close_all
 from gsocketpool.exceptions import PoolClosedError, PoolError
+from gsocketpool.operations import address_in
 from gsocketpool.settings import Settings
 from gsocketpool.stats import GroupStats
 from gsocketpool.upkeep import COARSEST_TICK, Keeper, Rounds
@@ -190,6 +190,11 @@ class Group(Generic[C, P, L]):
         return pool
 
     @property
+    def name(self) -> str | None:
+        """What logs, errors and ``repr()`` call this group, as it was given."""
+        return self._name
+
+    @property
     def pools(self) -> list[P]:
         """The pools that there are now."""
         pools: list[Any] = list(self._pools.values())
@@ -243,14 +248,8 @@ class Group(Generic[C, P, L]):
         close_all(self._alive(), timeout)
 
     def _where_is(self, options: Mapping[str, Any]) -> str:
-        """No other options than these, and not the key: there may be a password in them."""
-        where = options.get("host", options.get("path"))
-        if isinstance(where, (str, bytes, os.PathLike)):
-            where = os.fsdecode(where).encode(errors="backslashreplace").decode().replace("\0", "@")
-            if "host" in options and "port" in options:
-                where = f"[{where}]:{options['port']}" if ":" in where else f"{where}:{options['port']}"
-        else:
-            where = "endpoint"
+        """Not by the key: there may be a password in it."""
+        where = address_in(options) or "endpoint"
         return f"{self._name} {where}" if self._name else where
 
     def _name_for(self, where: str) -> str:

@@ -35,7 +35,11 @@ __all__ = ["OpenTelemetry", "Prometheus"]
 BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 #: What the histograms of wait, use and dial times are about.
-DESCRIPTIONS: Final = ("How long a borrower waited.", "How long a borrower kept it.", "How long opening one took.")
+DESCRIPTIONS: Final = (
+    "Seconds for which a borrower waited for a connection.",
+    "Seconds for which a borrower kept a connection.",
+    "Seconds that a dial took which succeeded.",
+)
 
 #: The states of a breaker, as `PoolStats.breaker` calls them.
 BREAKER_STATES: Final = ("closed", "open", "half-open")
@@ -369,9 +373,11 @@ class _Collector:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         connections = GaugeMetricFamily(
-            "gsocketpool_connections", "Connections, by what becomes of them.", labels=["pool", "state"]
+            "gsocketpool_connections", "Connections by state: idle, used, opening.", labels=["pool", "state"]
         )
-        most = GaugeMetricFamily("gsocketpool_connections_max", "Most connections at any time.", labels=["pool"])
+        most = GaugeMetricFamily(
+            "gsocketpool_connections_max", "max_connections: most connections at any time.", labels=["pool"]
+        )
         waiting = GaugeMetricFamily("gsocketpool_waiting", "Borrowers that wait for a connection.", labels=["pool"])
         breaker = GaugeMetricFamily(
             "gsocketpool_breaker", "Pools whose breaker is in this state.", labels=["pool", "state"]
@@ -454,10 +460,20 @@ def _one(figure: str) -> Callable[[Reading], Found]:
 #: What is no counter is an UpDownCounter, as in the conventions: what all processes have can be added up.
 UP_DOWN: Final = (
     ("db.client.connection.count", "{connection}", "Connections in this state.", _counted),
-    ("db.client.connection.idle.max", "{connection}", "Most that may idle.", _one("max_connections")),
-    ("db.client.connection.idle.min", "{connection}", "As many are kept idle.", _one("min_idle")),
-    ("db.client.connection.max", "{connection}", "Most connections at any time.", _one("max_connections")),
-    ("db.client.connection.pending_requests", "{request}", "Borrowers that wait.", _one("waiting")),
+    (
+        "db.client.connection.idle.max",
+        "{connection}",
+        "Most connections that may idle: max_connections.",
+        _one("max_connections"),
+    ),
+    ("db.client.connection.idle.min", "{connection}", "min_idle: as many connections are kept idle.", _one("min_idle")),
+    (
+        "db.client.connection.max",
+        "{connection}",
+        "max_connections: most connections at any time.",
+        _one("max_connections"),
+    ),
+    ("db.client.connection.pending_requests", "{request}", "Borrowers that wait for a connection.", _one("waiting")),
     ("gsocketpool.connection.opening", "{connection}", "Dials under way.", _one("opening")),
     ("gsocketpool.breaker", "{pool}", "Pools whose breaker is in this state.", _breakers),
 )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from inspect import iscoroutinefunction
 from typing import Any, Final, Generic, Protocol, TypeVar
@@ -15,6 +15,7 @@ __all__ = [
     "Functions",
     "Methods",
     "Operations",
+    "address_in",
     "describe",
     "descriptor_of",
     "operations_of",
@@ -179,6 +180,17 @@ def descriptor_of(operations: Operations[Any], connection: object) -> int | None
 def describe(connection: object) -> str:
     """Name it without its repr, which is user code and may rely on the peer."""
     return f"<{type(connection).__name__} at {id(connection):#x}>"
+
+
+def address_in(options: Mapping[str, Any]) -> str | None:
+    """The host and port, or the path, that is among the options. No others: there may be a password in them."""
+    where = options.get("host", options.get("path"))
+    if not isinstance(where, (str, bytes, os.PathLike)):
+        return None
+    where = os.fsdecode(where).encode(errors="backslashreplace").decode().replace("\0", "@")
+    if "host" in options and "port" in options:
+        return f"[{where}]:{options['port']}" if ":" in where else f"{where}:{options['port']}"
+    return where
 
 
 def shown(value: object) -> str:

@@ -309,7 +309,7 @@ class StreamConnection(AnyStream, Connection):
             try:
                 return await self._connect(family, proto, address, share)
             except OSError as error:
-                failures.append((f"{name}: {connection._reason(error, share)}", error))
+                failures.append((f"{name}: {self._reason(error, share)}", error))
         try:
             raise self._cannot_connect(failures, seconds, deadline)
         finally:

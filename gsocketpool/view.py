@@ -13,7 +13,7 @@ from gsocketpool.complaints import failing
 from gsocketpool.connection import AnyStream
 from gsocketpool.core import INSPECTED, RETURNING, Member, Place
 from gsocketpool.forking import pools
-from gsocketpool.operations import describe, shown
+from gsocketpool.operations import address_in, describe, shown
 
 if TYPE_CHECKING:
     from gsocketpool.driver import Driver
@@ -78,6 +78,9 @@ def _headline(pool: Driver[Any]) -> str:
         f"{stats.in_use} in use, {stats.idle} idle, {stats.opening} opening, {pool._closing} closing: "
         f"{pool.total} of at most {stats.max_connections}; {stats.waiting} waiting"
     )
+    where = address_in(pool._options)
+    if where is not None and where not in pool._label:
+        states.insert(0, f"to {where}")
     return ", ".join([pool._label, *states]) + f": {figures}"
 
 
@@ -169,6 +172,14 @@ def _idle_one(pool: Driver[Any], member: Member[Any], now: float) -> str:
 
 
 def _waiting(pool: Driver[Any], now: float) -> list[str]:
+    lines = _waiters(pool, now)
+    budget = pool._budget
+    if lines and budget is not None and pool.total < pool._max_connections and not budget.has_one():
+        lines.append(f"there is room, but the budget is used up: {budget.used} of at most {budget.max_total}")
+    return lines
+
+
+def _waiters(pool: Driver[Any], now: float) -> list[str]:
     if pool._ledger is not None:
         return [f"{pool._name_of(borrower)} for {_span(now - since)}" for borrower, since in pool._ledger.waiting()]
     lines = []

@@ -340,6 +340,24 @@ def test_the_functions_of_a_wrap_are_asked_when_the_methods_of_a_connection_woul
         assert names() == ["check", "close"]
 
 
+def test_a_pool_says_its_name_and_hides_what_is_its_own(server: LineEchoServer) -> None:
+    with line_pool(server, name="lines") as pool, line_pool(server) as other:
+        assert (pool.name, other.name) == ("lines", None)
+        assert {"acquire", "connection", "idle", "name", "stats", "waiting"} <= {*dir(pool)}
+        assert {"take", "give", "opened", "failed", "retire", "total"}.isdisjoint(dir(pool))
+
+
+def test_a_subclass_may_have_a_name_of_its_own(server: LineEchoServer) -> None:
+    class Named(Pool[Line]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.name = "mine"
+
+    with Named(Line, {"host": "127.0.0.1", "port": server.port}, name="lines") as pool:
+        assert pool.name == "mine"
+        assert repr(pool).startswith("<Named 'lines': ")
+
+
 def test_a_wrapped_check_that_says_no_in_any_way_discards(server: LineEchoServer) -> None:
     answers: list[object] = [False, 0, "", []]
     with Pool(wrap(Odd, check=lambda odd: answers.pop()), {"port": server.port}, check_after_idle=0) as pool:

@@ -305,6 +305,40 @@ async def test_g7_an_acquire_gives_up_in_time_where_nobody_answers(rt: Runtime, 
         assert "nobody waits for any more" in record.getMessage()
 
 
+async def test_g12_while_a_server_is_down_a_dial_that_nobody_waits_for_is_told_once(rt: Runtime, logged: Any) -> None:
+    up = False
+    may_fail = rt.event()
+
+    async def open_or_fail(_: Any) -> None:
+        await may_fail.wait()
+        if not up:
+            raise OSError("nobody there")
+
+    script = Script(on_open=open_or_fail)
+    pool = script.pool(rt, max_connections=1)
+
+    async def give_up() -> None:
+        nonlocal may_fail
+        may_fail = rt.event()
+        failures = pool.stats().open_failures
+        with pytest.raises(rt.api.PoolExhaustedError):
+            await do(pool.acquire(timeout=0.005))
+        may_fail.set()
+        await rt.until(lambda: pool.total == 0 and pool.stats().open_failures == failures + 1)
+
+    for _ in range(3):
+        await give_up()
+    [record] = logged.take()
+    assert record.getMessage().endswith("a dial failed that nobody waits for any more: OSError('nobody there')")
+    up = True
+    async with within(pool.connection(timeout=BOUND)):
+        pass
+    await do(pool.clear())
+    up = False
+    await give_up()
+    assert len(logged.take()) == 1
+
+
 async def test_g7_an_acquire_gives_up_in_time_at_a_full_pool(rt: Runtime) -> None:
     script = Script()
     pool = script.pool(rt, max_connections=1, name="full")
