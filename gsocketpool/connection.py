@@ -463,6 +463,8 @@ class _Tcp(AnyStream):
             _port("the port of source_address", source_address[1])
         self._source_address = source_address
 
+    __init__.__qualname__ = "TcpConnection.__init__"  # what errors of a wrong call say
+
     def _unknown_name(self, error: OSError, seconds: float | None) -> OSError:
         """Return the error for a look-up that failed."""
         message = f"cannot connect to {self._endpoint}"
@@ -530,6 +532,8 @@ class _Unix(AnyStream):
         if not self._path:
             raise ValueError("path must not be empty")
         self._endpoint = os.fsdecode(self._path).replace("\0", "@", 1)
+
+    __init__.__qualname__ = "UnixConnection.__init__"  # likewise
 
 
 class StreamConnection(GeventSockets, AnyStream):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from inspect import iscoroutinefunction
+from inspect import iscoroutinefunction, signature
 from typing import TYPE_CHECKING, Any, Final
 
 from gsocketpool.log import say
@@ -124,7 +124,7 @@ NOBODY: Final = Audience(())
 def audience_of(listeners: Sequence[Listener]) -> Audience:
     """Whoever listens.
 
-    :raises TypeError: one of them is no `Listener`, or has a method that would have to be awaited.
+    :raises TypeError: one of them is no `Listener`, or has a method that cannot be called, or would have to be awaited.
     """
     if isinstance(listeners, (str, bytes)) or not isinstance(listeners, Sequence):
         raise TypeError(f"listeners must be a list of Listener, not {listeners!r}")
@@ -132,6 +132,14 @@ def audience_of(listeners: Sequence[Listener]) -> Audience:
         if not isinstance(listener, Listener):
             raise TypeError(f"listeners must be a list of objects of a subclass of Listener, and one is {listener!r}")
         for event in EVENTS:
-            if iscoroutinefunction(getattr(listener, event)):
+            method = getattr(listener, event)
+            if iscoroutinefunction(method):
                 raise TypeError(f"{type(listener).__name__}.{event}() must be a plain function: nobody would await it")
+            takes = [*signature(getattr(Listener, event)).parameters][1:]
+            try:
+                signature(method).bind(*takes)
+            except TypeError:
+                raise TypeError(f"{type(listener).__name__}.{event}() must take ({', '.join(takes)})") from None
+            except ValueError:
+                pass  # it is written in C, and does not say what it takes
     return Audience(listeners) if listeners else NOBODY

@@ -123,6 +123,8 @@ class Group(Generic[C, P, L]):
         self._by_call: dict[tuple[Any, ...], Endpoint[C]] = {}
         self._leaving: list[Endpoint[C]] = []  # closed, and something of it is still lent
 
+    __init__.__qualname__ = "PoolGroup.__init__"  # what errors of a wrong call say
+
     def connection(self, timeout: float | EllipsisType | None = ..., /, **options: Any) -> L:
         """A context manager that borrows a connection to the endpoint which the options say, and gives it back.
 

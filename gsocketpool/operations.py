@@ -179,6 +179,8 @@ def descriptor_of(operations: Operations[Any], connection: object) -> int | None
 
 def describe(connection: object) -> str:
     """Name it without its repr, which is user code and may rely on the peer."""
+    if connection is None:
+        return "None"
     return f"<{type(connection).__name__} at {id(connection):#x}>"
 
 

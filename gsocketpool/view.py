@@ -32,10 +32,14 @@ MOST_LISTED: Final = 50
 INDENT: Final = "    "
 
 
-def debug() -> str:
-    """All pools of this process as one text, those in which most wait first; see :meth:`Pool.debug`."""
-    alive = [pool for ref in pools.valuerefs() if (pool := ref()) is not None]  # others may make pools meanwhile
-    return "\n".join(_pictures(alive)) or "there is no pool\n"
+def debug(*these: Any) -> str:
+    """Pools as one text, those in which most wait first; see :meth:`Pool.debug`.
+
+    :param these: the pools; all of this process if none is given.
+    """
+    # In one step, since others may make pools meanwhile.
+    chosen = these or [pool for ref in pools.valuerefs() if (pool := ref()) is not None]
+    return "\n".join(_pictures(chosen)) or "there is no pool\n"
 
 
 def draw_pool(pool: Driver[Any]) -> str:

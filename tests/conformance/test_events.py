@@ -213,6 +213,15 @@ async def test_a_listener_that_would_have_to_be_awaited_is_refused(rt: Runtime) 
         Script().pool(rt, listeners=[Slow()])
 
 
+async def test_a_listener_with_a_parameter_too_few_is_refused(rt: Runtime) -> None:
+    class Short(rt.api.Listener):  # type: ignore[misc, name-defined]
+        def opened(self, pool: Any, connection: Any) -> None:
+            raise AssertionError("called")
+
+    with pytest.raises(TypeError, match=r"^Short\.opened\(\) must take \(pool, connection, seconds\)$"):
+        Script().pool(rt, listeners=[Short()])
+
+
 async def test_a_listener_of_a_group_hears_each_endpoint(rt: Runtime) -> None:
     heard = Heard(rt)
     scripts = [Script(), Script()]
