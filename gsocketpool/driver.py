@@ -48,7 +48,7 @@ from gsocketpool.exceptions import (
 )
 from gsocketpool.forking import kept, pools
 from gsocketpool.lifetime import Limits
-from gsocketpool.loans import HERE, Ledger, Loan
+from gsocketpool.loans import HERE, Ledger, Loan, outwards
 from gsocketpool.log import say
 from gsocketpool.operations import describe, operations_of, passes, plainly, refuse_coroutine, shown
 from gsocketpool.settings import Settings
@@ -1169,21 +1169,21 @@ class Driver(Core[C]):
         raise NotImplementedError
 
     def _waiter_at(self, place: Place[C]) -> object:
-        """Whoever stands there, where that can be told; else None."""
-        return None
+        """Whoever stands there, where that can be told; else None. The default: whose `switch` is the waiter."""
+        return getattr(place.waiter, "__self__", None)
 
     def _name_of(self, borrower: object) -> str:
         """What a borrower is called, for people: nothing that he was given, for that may be a password."""
         return shown(borrower)
 
     def _frames_of(self, borrower: Any) -> list[FrameType]:
-        """Where a borrower is now, the innermost frame first; none, the default, if that cannot be told, or it is who
-        asks."""
-        return []
+        """Where a borrower is now, the innermost frame first; none if that cannot be told, or it is who asks. The
+        default is for greenlets."""
+        return outwards(getattr(borrower, "gr_frame", None))
 
     def _is_over(self, borrower: Any) -> bool:
-        """Whether a borrower has ended. False, the default, if that cannot be told."""
-        return False
+        """Whether a borrower has ended; False if that cannot be told. The default is for greenlets."""
+        return bool(getattr(borrower, "dead", False))
 
     def _outer_frame(self) -> FrameType | None:
         """The frame that called the outermost one that Python knows here, where there is one all the same."""

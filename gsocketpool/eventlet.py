@@ -13,7 +13,6 @@ import functools
 import os
 from collections import deque
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, Final, TypeVar
 
 try:
@@ -45,7 +44,6 @@ from gsocketpool.exceptions import (
     PoolExhaustedError,
 )
 from gsocketpool.group import Endpoint as GroupEndpoint
-from gsocketpool.loans import outwards
 from gsocketpool.retrying import for_eventlet as retry
 from gsocketpool.sockets import EventletSockets
 from gsocketpool.stats import GroupStats, Holder, PoolStats
@@ -299,15 +297,6 @@ class Pool(BlockingPool[C]):
 
     def _rouse(self, place: Place[C]) -> None:
         self._home.begin(self._home.wake, place)
-
-    def _frames_of(self, borrower: Any) -> list[FrameType]:
-        return outwards(borrower.gr_frame)
-
-    def _is_over(self, borrower: Any) -> bool:
-        return bool(borrower.dead)
-
-    def _waiter_at(self, place: Place[C]) -> object:
-        return getattr(place.waiter, "__self__", None)  # it is the greenlet's `switch`
 
     def _spawn(self, job: Callable[..., object], *args: object) -> object:
         self._home.begin(job, *args)

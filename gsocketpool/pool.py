@@ -6,7 +6,6 @@ import functools
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
-from types import FrameType
 from typing import Any, Final, TypeVar
 
 import gevent
@@ -17,7 +16,6 @@ from gsocketpool.blocking import BlockingGroup, BlockingPool
 from gsocketpool.core import Member, Place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 from gsocketpool.group import Endpoint as GroupEndpoint
-from gsocketpool.loans import outwards
 from gsocketpool.operations import shown
 from gsocketpool.upkeep import stirred
 
@@ -255,15 +253,6 @@ class Pool(BlockingPool[C]):
         name = getattr(run, "__name__", None) or type(run).__name__
         given = vars(borrower).get("name")
         return f"<{type(borrower).__name__}{f' {given!r}' if given else ''} at {id(borrower):#x}: {name}>"
-
-    def _frames_of(self, borrower: Any) -> list[FrameType]:
-        return outwards(borrower.gr_frame)
-
-    def _is_over(self, borrower: Any) -> bool:
-        return bool(borrower.dead)
-
-    def _waiter_at(self, place: Place[C]) -> object:
-        return getattr(place.waiter, "__self__", None)  # it is the greenlet's `switch`
 
     def _when_over(self, borrower: object, callback: Callable[[object], None]) -> Callable[[], object] | None:
         if not isinstance(borrower, gevent.Greenlet):
