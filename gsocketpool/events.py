@@ -83,9 +83,9 @@ class Audience:
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._methods: dict[str, list[Callable[..., object]]] = {
             event: [
-                getattr(listener, event)
+                method
                 for listener in listeners
-                if getattr(type(listener), event) is not getattr(Listener, event)
+                if getattr(method := getattr(listener, event), "__func__", None) is not getattr(Listener, event)
             ]
             for event in EVENTS
         }

@@ -17,7 +17,7 @@ class PoolError(Exception):
 class PoolExhaustedError(PoolError):
     """No connection could be lent in the time that there was, or ``wait_ready()`` found too few open.
 
-    :ivar stats: the pool's :class:`~gsocketpool.PoolStats` at that moment.
+    :ivar stats: the pool's :class:`~gsocketpool.PoolStats` at that moment. None only if it is not a pool that raised it.
     :ivar waited: seconds that this borrower waited.
     :ivar last_error: the error with which the pool's last failed dial ended, or None.
     """
@@ -30,7 +30,8 @@ class PoolExhaustedError(PoolError):
         last_error: BaseException | None = None,
     ) -> None:
         super().__init__(*args)
-        self.stats = stats
+        # Typed as what a pool gives: nobody should have to ask whether it is None.
+        self.stats: PoolStats = stats  # type: ignore[assignment]
         self.waited = waited
         self.last_error = last_error
 

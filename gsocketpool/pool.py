@@ -194,7 +194,7 @@ class Pool(BlockingPool[C]):
     def _not_at_home(self) -> PoolError:
         return PoolError(
             f"{self._label} was made in another thread, and serves the greenlets of that thread only: "
-            "make one in each thread"
+            "make one in each thread, or use gsocketpool.threading"
         )
 
     def _wake(self, place: Place[C]) -> None:

@@ -50,9 +50,8 @@ def draw(points: Iterable[Point], verdict: Verdict, file: Path, title: str) -> N
     :param title: what was measured.
     :raises OSError: it cannot be written.
     """
-    shown = sorted(
-        (p for p in points if p.greenlets == verdict.greenlets and not p.failing), key=lambda point: point.size
-    )
+    measured = (p for p in points if p.greenlets == verdict.greenlets and p.requests and not p.failing)
+    shown = sorted(measured, key=lambda point: point.size)
     with matplotlib.rc_context(_LOOKS):
         figure = Figure(figsize=(7.2, 7.4), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)

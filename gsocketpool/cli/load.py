@@ -22,7 +22,7 @@ import gevent
 from gevent import socket
 from gevent.event import Event
 
-from gsocketpool.cli.sizing import Plan, Sample, Step, merge
+from gsocketpool.cli.sizing import Plan, Sample, Step, gone, merge
 from gsocketpool.connection import (
     EndOfStreamError,
     LimitExceededError,
@@ -32,16 +32,23 @@ from gsocketpool.connection import (
 )
 from gsocketpool.pool import Pool
 
-__all__ = ["Address", "Request", "Target", "first_contact", "measure", "run", "unescape"]
+__all__ = ["Address", "Request", "Run", "Target", "first_contact", "measure", "unescape"]
 
 #: Looks at the pool in one step: how many connections are lent.
 LOOKS: Final = 25
+#: Seconds beyond the timeout in which a request has to notice that it is over; and for a pool to close.
+GRACE: Final = 0.5
+#: Seconds between two looks at whether somebody wants to stop, while replies are awaited.
+LOOK: Final = 0.05
 #: Seconds for which a borrower stays away after a request that failed.
 AFTER_AN_ERROR: Final = 0.02
 #: The first contact: most requests, most seconds, and the seconds in which a reply that goes on has to do so.
 FIRST_REQUESTS: Final = 5
 FIRST_SECONDS: Final = 1.0
 GOES_ON: Final = 0.05
+#: How much of a reply that is not whole is looked at, and how a complaint of TLS begins (RFC 8446, section 5.1).
+MOST_SHOWN: Final = 65536
+TLS_ALERT: Final = b"\x15\x03"
 
 
 # What is asked, and whom
@@ -175,6 +182,10 @@ class NoAnswerError(Exception):
     """The server cannot be measured; the text says why."""
 
 
+class _EndlessError(Exception):
+    """A reply came piece by piece, and did not end. No OSError: those are the connection's to explain."""
+
+
 def first_contact(target: Target) -> tuple[bytes, float]:
     """Ask a few times, over one connection, to see that the server answers as expected.
 
@@ -185,26 +196,25 @@ def first_contact(target: Target) -> tuple[bytes, float]:
     times: list[float] = []
     replies: list[bytes] = []
     try:
+        _be_told_nothing(connection, target)
         ending = perf_counter() + FIRST_SECONDS
         while len(times) < FIRST_REQUESTS and (not times or perf_counter() < ending):
             began = perf_counter()
-            replies.append(target.request.exchange(connection))
+            # For the whole reply: the connection's own timeout begins again with each piece of it.
+            with gevent.Timeout(target.timeout + GRACE, _EndlessError(f"no end of a reply in {target.timeout:g} s")):
+                replies.append(target.request.exchange(connection))
             times.append(perf_counter() - began)
             if len(times) == 1:
-                _ends_there(connection, target)
-    except OSError as error:
-        came = f"; the reply before was {shorten(replies[-1])}" if replies else ""
-        raise NoAnswerError(
-            f"{target.address.text} does not answer as expected: {error}. A request is "
-            f"{shorten(target.request.send)}, and {_ending(target.request)} is to end a reply{came}."
-        ) from error
+                _ends_there(connection, target, replies[0])
+    except (OSError, _EndlessError) as error:
+        raise NoAnswerError(_otherwise(target, connection, error, replies)) from error
     finally:
         connection.close()
     return replies[0], median(times)
 
 
 def _connect(target: Target) -> StreamConnection:
-    failures = []
+    failures: list[OSError] = []
     for _ in range(max(1, len(target.places))):
         factory, options = target.dialling()
         connection = factory(**options)
@@ -214,16 +224,63 @@ def _connect(target: Target) -> StreamConnection:
         except OSError as error:
             failures.append(error)
             target.places = [*target.places[1:], *target.places[:1]]
-    raise NoAnswerError(f"{target.address.text} cannot be reached: {'; '.join(map(str, failures))}.") from failures[-1]
+    hint = ""
+    if any(_speaks_no_tls(error) for error in failures):
+        hint = " Does it speak TLS at that port? If not, leave --tls out."
+    raise NoAnswerError(
+        f"{target.address.text} cannot be reached: {'; '.join(map(str, failures))}.{hint}"
+    ) from failures[-1]
 
 
-def _ends_there(connection: StreamConnection, target: Target) -> None:
-    """See that nothing follows the reply: it would be taken for the next one."""
-    connection.socket.settimeout(GOES_ON)
+def _speaks_no_tls(error: OSError) -> bool:
+    return isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLCertVerificationError)
+
+
+def _otherwise(target: Target, connection: StreamConnection, error: Exception, replies: list[bytes]) -> str:
+    """What to say if the server answers otherwise than expected."""
+    came = _what_came(connection, target)
+    late = isinstance(error, (TimeoutError, _EndlessError))
+    what = "nothing came"
+    if came:
+        what = f"what came{f' in {target.timeout:g} s' if late else ''} is {shorten(came)} ({len(came):,} bytes)"
+    if replies:
+        what += f"; the reply before was {shorten(replies[-1])}"
+    why = "" if late and came else f": {error}"
+    hint = ""
+    if target.tls is None and came.startswith(TLS_ALERT):
+        hint = " That is TLS: give --tls."
+    elif target.tls is None and not (came or replies or target.address.path) and isinstance(error, ConnectionError):
+        hint = " If it speaks TLS, give --tls."
+    elif came and late:
+        hint = " If that is the whole reply, say so with --until or --expect-bytes."
+    return (
+        f"{target.address.text} does not answer as expected{why}. A request is {shorten(target.request.send)}, and "
+        f"{_ending(target.request)} is to end a reply; {what}.{hint}"
+    )
+
+
+def _what_came(connection: StreamConnection, target: Target) -> bytes:
+    """What there is of a reply that was not whole."""
     try:
-        more = connection.recv()
-    except TimeoutError:
-        connection.socket.settimeout(target.timeout)
+        return _goes_on(connection, target) or b""
+    except OSError:
+        return b""
+
+
+def _be_told_nothing(connection: StreamConnection, target: Target) -> None:
+    """See that the server waits for a request: a greeting would be taken for the first reply, each one for the next."""
+    greeting = _goes_on(connection, target)
+    if greeting:
+        raise NoAnswerError(
+            f"{target.address.text} speaks first, and says {shorten(greeting)}. Only a server that speaks when it is "
+            "asked can be measured."
+        )
+
+
+def _ends_there(connection: StreamConnection, target: Target, reply: bytes) -> None:
+    """See that nothing follows the reply: it would be taken for the next one."""
+    more = _goes_on(connection, target)
+    if more is None:
         return
     if not more:
         raise NoAnswerError(
@@ -231,9 +288,20 @@ def _ends_there(connection: StreamConnection, target: Target) -> None:
             "connection of its own."
         )
     raise NoAnswerError(
-        f"{target.address.text} goes on after {_ending(target.request)} with {shorten(more)}: that would be taken for "
-        "the next reply. Give the end of the whole reply as --until, or its length as --expect-bytes."
+        f"{target.address.text} says {shorten(reply)} and goes on after {_ending(target.request)} with "
+        f"{shorten(more)}: that would be taken for the next reply. Give the end of the whole reply as --until, or its "
+        "length as --expect-bytes."
     )
+
+
+def _goes_on(connection: StreamConnection, target: Target) -> bytes | None:
+    """What comes unasked: None if nothing does, nothing if it is the end."""
+    connection.socket.settimeout(GOES_ON)
+    try:
+        return connection.recv(MOST_SHOWN)
+    except TimeoutError:
+        connection.socket.settimeout(target.timeout)
+        return None
 
 
 def _ending(request: Request) -> str:
@@ -248,36 +316,48 @@ def shorten(data: bytes) -> str:
 # Load
 
 
-def run(target: Target, plan: Plan, stop: Callable[[], bool]) -> Iterator[tuple[Step, Sample | None]]:
-    """Do what the plan says, as long as it may take.
+class Run:
+    """What a plan says, done step by step: iterate over it, once. It gives each step before that is done.
 
     :param stop: asked all the time; True ends the run.
-    :returns: each step twice: with None before it is done, then with its sample.
+    :ivar samples: of the steps so far.
+    :ivar ended: None, or why it ended before the plan was done: ``interrupted`` (`stop` said so), ``late`` (it took as
+        long as it may take) or ``gone`` (the server: see :func:`gsocketpool.cli.sizing.gone`).
     """
-    samples: list[Sample] = []
-    ending = perf_counter() + plan.longest()
-    steps = plan.steps()
-    refining = False
-    while steps:
-        step, *steps = steps
-        if stop() or perf_counter() > ending:
-            return
-        yield step, None
-        sample = measure(target, step, plan, stop)
-        if stop():
-            return
-        samples.append(sample)
-        yield step, sample
-        if not steps and not refining:
-            refining = True
-            steps = plan.refined(merge(samples))
+
+    def __init__(self, target: Target, plan: Plan, stop: Callable[[], bool]) -> None:
+        self._target, self._plan, self._stop = target, plan, stop
+        self.samples: list[Sample] = []
+        self.ended: str | None = None
+
+    def __iter__(self) -> Iterator[Step]:
+        self._ending = perf_counter() + self._plan.longest()
+        yield from self._do(self._plan.steps())
+        if self.ended is None:
+            yield from self._do(self._plan.refined(merge(self.samples)))
+
+    def _do(self, steps: list[Step]) -> Iterator[Step]:
+        for step in steps:
+            if perf_counter() > self._ending:
+                self.ended = "late"
+                return
+            yield step
+            sample = measure(self._target, step, self._plan, self._stop)
+            if self._stop():
+                self.ended = "interrupted"
+                return
+            self.samples.append(sample)
+            if gone(self.samples):
+                self.ended = "gone"
+                return
 
 
 def measure(target: Target, step: Step, plan: Plan, stop: Callable[[], bool]) -> Sample:
     """Put one load on the server.
 
-    It begins with warming up, until each greenlet has had its turn or as many seconds are over as are then measured;
-    afterwards requests under way are awaited, and nothing new is sent.
+    It begins with warming up, until each greenlet has had its turn or as many seconds are over as are then measured.
+    Afterwards nothing new is sent. Requests under way are awaited, for as long as a reply may take; those that fail
+    then, or have no reply by then, count as failed.
     """
     return _Load(target, step, plan, stop).sample()
 
@@ -286,8 +366,9 @@ class _Load:
     def __init__(self, target: Target, step: Step, plan: Plan, stop: Callable[[], bool]) -> None:
         self._target, self._step, self._plan, self._stop = target, step, plan, stop
         self._request = target.request
-        self._over = False
+        self._warming = True
         self._measuring = False
+        self._over = False
         self._warm = Event()
         self._enough = Event()
         self._turns = 0
@@ -301,20 +382,21 @@ class _Load:
         factory, options = self._target.dialling()
         pool: Pool[Any] = Pool(factory, options, max_connections=step.size, name="size")
         borrowers = [gevent.spawn(self._borrow, pool) for _ in range(step.greenlets)]
-        lent = []
         try:
             self._watch(self._warm, plan.seconds)
             began, worked, queued = perf_counter(), process_time(), _queued()
-            self._measuring = True
-            for in_use in self._watch_pool(pool):
-                lent.append(in_use)
+            self._warming, self._measuring = False, True
+            lent = list(self._watch_pool(pool))
             self._measuring = False
             seconds, work, queue = perf_counter() - began, process_time() - worked, _queued() - queued
+            self._over = True
+            self._await_replies(borrowers)
+            if pool.in_use:
+                self._errors["timed out"] += pool.in_use
         finally:
             self._over = True
-            pool.close(plan.timeout)
-            gevent.joinall(borrowers, timeout=1)
             gevent.killall(borrowers)
+            pool.close(GRACE)
         return Sample(
             step=step,
             seconds=seconds,
@@ -336,6 +418,12 @@ class _Load:
             self._enough.wait(min(left, self._plan.seconds / LOOKS))
             yield pool.in_use
 
+    def _await_replies(self, borrowers: list[gevent.Greenlet[..., None]]) -> None:
+        ending = perf_counter() + self._plan.timeout + GRACE
+        while (left := ending - perf_counter()) > 0 and not self._stop():
+            if len(gevent.joinall(borrowers, timeout=min(left, LOOK))) == len(borrowers):
+                return
+
     def _borrow(self, pool: Pool[Any]) -> None:
         while not self._over:
             asked = perf_counter()
@@ -347,12 +435,11 @@ class _Load:
                     self._request.exchange(connection)
                     answered = perf_counter()
             except Exception as error:
-                if self._over:
-                    return
                 self._turn()
-                if self._measuring:
+                if not self._warming:
                     self._errors[kind_of(error)] += 1
-                gevent.sleep(AFTER_AN_ERROR)
+                if not self._over:
+                    gevent.sleep(AFTER_AN_ERROR)
                 continue
             self._turn()
             if self._measuring:
@@ -380,6 +467,7 @@ def _queued() -> float:
 _KINDS: Final[list[tuple[type[Exception], str]]] = [
     (TimeoutError, "timed out"),
     (ConnectionRefusedError, "refused"),
+    (FileNotFoundError, "no such path"),
     (EndOfStreamError, "hung up"),
     (LimitExceededError, "reply too long"),
     (ConnectionResetError, "reset"),

@@ -7,11 +7,11 @@ import sys
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
 
 from gsocketpool import __version__
-from gsocketpool.cli.demo import THINKING, Demo, Plan, Report
+from gsocketpool.cli.demo import THINKING, Demo, Plan, Report, quantile
 from gsocketpool.cli.size import size
-from gsocketpool.cli.tables import of_report
 
 __all__ = ["main"]
 
@@ -62,7 +62,7 @@ def demo(
     console.print()
     with Demo(plan) as running:
         report = _watch(running, console)
-    console.print(of_report(report))
+    console.print(_table(report))
     failures = report.failures()
     errors = Console(stderr=True, highlight=False)
     for failure in failures:
@@ -109,6 +109,58 @@ def _watch_bar(running: Demo, console: Console) -> Report:
                 refresh=True,
             )
         return running.finish()
+
+
+def _table(report: Report) -> Table:
+    plan = report.plan
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(justify="right", style="bold")
+    table.add_column()
+
+    def row(name: str, figure: str, remark: str = "", bad: bool = False) -> None:
+        table.add_row(name, figure, remark, style="red" if bad else None)
+
+    row(
+        "requests",
+        f"{plan.requests:,}",
+        "all answered" if report.answered == plan.requests else f"{report.answered:,} answered rightly",
+        bad=report.answered != plan.requests,
+    )
+    row(
+        "throughput", f"{len(report.latencies) / report.seconds:,.0f}", f"requests a second, for {report.seconds:.1f} s"
+    )
+    row("latency p50", _ms(quantile(report.latencies, 0.5)), "from request to reply")
+    row("latency p99", _ms(quantile(report.latencies, 0.99)))
+    row("usual wait", _ms(quantile(report.waits, 0.5)), "for a connection (p50)")
+    row("longest wait", _ms(max(report.waits, default=0)))
+    row("opened", f"{report.opened:,}", "connections")
+    row("reused", f"{report.reused:,}", "times")
+    row(
+        "most at once",
+        f"{report.most_sockets:,}",
+        f"sockets that the server saw; the cap is {plan.connections:,}",
+        bad=report.most_sockets > plan.connections,
+    )
+    table.add_section()
+    row(
+        "killed",
+        f"{report.killed_working:,}",
+        f"in the middle of a request, and {report.killed_waiting:,} in the queue",
+    )
+    row("wrong replies", f"{report.wrong:,}", bad=report.wrong > 0)
+    row("errors", f"{len(report.errors):,}", bad=bool(report.errors))
+    row(
+        "slots lost",
+        f"{report.slots_lost:,}",
+        f"{report.served_at_once:,} borrowers were then served at once",
+        bad=report.slots_lost != 0,
+    )
+    return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
 
 
 main.add_command(size)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import logging
 import math
 import signal
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
@@ -19,23 +21,24 @@ from typing import Any, Final
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from gsocketpool import __version__
-from gsocketpool.cli.load import Address, NoAnswerError, Request, Target, first_contact, is_here, run, shorten, unescape
+from gsocketpool.cli.load import Address, NoAnswerError, Request, Run, Target, first_contact, is_here, shorten, unescape
 from gsocketpool.cli.practice import Practice, PracticeServer
 from gsocketpool.cli.sizing import (
     LONGEST,
     Plan,
     Point,
-    Sample,
     Verdict,
     check_words,
+    counted,
+    cut_short,
     judge,
     merge,
     step_seconds,
     words,
 )
-from gsocketpool.cli.tables import of_points
 
 __all__ = ["size"]
 
@@ -43,6 +46,12 @@ __all__ = ["size"]
 FORMATS: Final = (".svg", ".png")
 #: What the practice server is asked.
 PRACTICE: Final = Request(b"ping\n", b"\n")
+#: Why a run can have ended early.
+_WHY: Final = {
+    "interrupted": "Ctrl-C was pressed",
+    "late": "the time was up; late replies had to be awaited after each step, for up to {:g} s (--timeout)",
+    "gone": "the server is gone",
+}
 #: Descriptors that this process needs beside its sockets.
 SPARE: Final = 64
 
@@ -103,13 +112,14 @@ def _escaped(context: click.Context, param: click.Parameter, text: str | None) -
 @click.option("--json", "as_json", is_flag=True, help="For machines, on standard output.")
 @click.option("--yes", is_flag=True, help="Do not ask before another machine is put under load.")
 def size(address: str | None, picture: Path | None, as_json: bool, yes: bool, **given: Any) -> None:
-    r"""How many connections is a server worth?
+    """How many connections is a server worth?
 
     Puts load on it with pools of 1, 2, 4, ... connections, and shows what each gives. ADDRESS is tcp://host:port or
     unix:/path:
 
     \b
-        python -m gsocketpool size tcp://127.0.0.1:6379 --send 'PING\r\n' --until '\r\n'
+    python -m gsocketpool size tcp://127.0.0.1:6379 \\
+        --send 'PING\\r\\n' --until '\\r\\n'
 
     Without one, a practice server with a limit that is known is measured.
     """
@@ -122,7 +132,7 @@ def size(address: str | None, picture: Path | None, as_json: bool, yes: bool, **
 
     talk = Console(stderr=as_json, highlight=False)
     with ExitStack() as stack:
-        stop = stack.enter_context(_ctrl_c())
+        stack.enter_context(_no_log())
         practice = None
         if where is None:
             practice = Practice(given["workers"] or Practice.workers, given["service"] or Practice.service)
@@ -137,23 +147,27 @@ def size(address: str | None, picture: Path | None, as_json: bool, yes: bool, **
             plan = _not_too_long(dataclasses.replace(plan, seconds=round(step_seconds(seconds), 2)))
         _announce(talk, target, plan, practice, reply, seconds)
         began = perf_counter()
-        samples = _watch(talk, target, plan, stop)
+        stop = stack.enter_context(_ctrl_c())
+        measuring = Run(target, plan, stop)
+        _watch(talk, measuring, plan)
         took = perf_counter() - began
 
-    points, done = merge(samples), plan.is_done(samples)
+    points = merge(measuring.samples)
     verdict = judge(points, plan.heaviest)
-    if not done:
-        verdict = dataclasses.replace(verdict, kind="unfinished", knee=None)
-    found = Found(target, plan, practice, reply, seconds, took, done, points, verdict)
+    if measuring.ended:
+        verdict = cut_short(verdict, measuring.samples)
+    found = Found(target, plan, practice, reply, seconds, took, measuring.ended, points, verdict)
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2))
     else:
         _show(talk, found)
     if picture is not None and points:
         _draw(talk, found, picture)
-    if not done:
+    if measuring.ended:
         talk.print(
-            f"Ended early, after {len(samples)} of at most {plan.most_steps()} steps and {took:.0f} s.", style="red"
+            f"Ended early, after {len(measuring.samples)} of at most {plan.most_steps()} steps and {took:.0f} s: "
+            f"{_WHY[measuring.ended].format(plan.timeout)}.",
+            style="red",
         )
         sys.exit(1)
 
@@ -284,6 +298,17 @@ def _ask_first(where: Address, places: list[str], plan: Plan, yes: bool) -> None
 
 
 @contextmanager
+def _no_log() -> Iterator[None]:
+    """The pool says what becomes of each connection; here the table does, and tracebacks would hide it."""
+    logger = logging.getLogger("gsocketpool")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
 def _ctrl_c() -> Iterator[Callable[[], bool]]:
     """A function that says whether Ctrl-C was pressed. The second time it does what it always did."""
     pressed = False
@@ -314,7 +339,7 @@ class Found:
     reply: bytes
     request_seconds: float
     took: float
-    done: bool
+    ended: str | None
     points: list[Point]
     verdict: Verdict
 
@@ -330,7 +355,8 @@ class Found:
             "request_seconds": self.request_seconds,
             "plan": dataclasses.asdict(self.plan),
             "took": self.took,
-            "done": self.done,
+            "done": self.ended is None,
+            "ended": self.ended,
             "points": [
                 dataclasses.asdict(p) | {"rate": p.rate, "spread": p.spread, "failing": p.failing} for p in self.points
             ],
@@ -366,9 +392,8 @@ def _announce(
     talk.print()
 
 
-def _watch(talk: Console, target: Target, plan: Plan, stop: Callable[[], bool]) -> list[Sample]:
+def _watch(talk: Console, measuring: Run, plan: Plan) -> None:
     """Run it. The bar moves between two steps, so that it takes no time from one that is measured."""
-    samples: list[Sample] = []
     bar = talk.is_terminal and not talk.is_dumb_terminal
     with Progress(
         BarColumn(),
@@ -382,31 +407,57 @@ def _watch(talk: Console, target: Target, plan: Plan, stop: Callable[[], bool]) 
     ) as progress:
         task = progress.add_task("", total=plan.most_steps())
         quarter = 1
-        for step, sample in run(target, plan, stop):
-            if sample is not None:
-                samples.append(sample)
-            progress.update(
-                task,
-                completed=len(samples),
-                description=f"a pool of {step.size}, {step.greenlets} greenlets",
-                refresh=True,
-            )
-            while not bar and len(samples) * 4 >= plan.most_steps() * quarter:
+        for step in chain(measuring, [None]):
+            done = len(measuring.samples)
+            what = f"a pool of {step.size}, {step.greenlets} greenlets" if step else ""
+            progress.update(task, completed=done, description=what, refresh=True)
+            while not bar and done * 4 >= plan.most_steps() * quarter:
                 talk.print(f"{quarter * 25:3} % of the steps are done", markup=False)
                 quarter += 1
-    if not bar:
+    if quarter > 1:
         talk.print()
-    return samples
 
 
 def _show(talk: Console, found: Found) -> None:
     for greenlets in sorted({p.greenlets for p in found.points}):
-        talk.print(of_points(found.points, greenlets, found.verdict))
+        talk.print(_table(found.points, greenlets, found.verdict))
         talk.print()
     for number, sentence in enumerate(words(found.verdict, found.plan)):
         talk.print(sentence, markup=False, style="bold green" if found.verdict.knee and number < 2 else None)
     for sentence in check_words(found.verdict, found.points):
         talk.print(sentence, markup=False)
+
+
+def _table(points: Iterable[Point], greenlets: int, verdict: Verdict) -> Table:
+    """What so many greenlets measured, a row for each size of the pool."""
+    shown = sorted((p for p in points if p.greenlets == greenlets), key=lambda point: point.size)
+    errors = any(p.failed for p in shown)
+    table = Table(
+        title=f"{greenlets:,} greenlets; times in milliseconds",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    for name in ("pool\nsize", "requests\na second", "latency\np50", "\np99", "wait\np50", "\np99"):
+        table.add_column(name, justify="right")
+    if errors:
+        table.add_column("failed", justify="right")
+    table.add_column()
+    for p in shown:
+        knee = (p.size, p.greenlets) == (verdict.knee, verdict.greenlets)
+        times = (p.in_use_p50, p.in_use_p99, p.wait_p50, p.wait_p99)
+        cells = [f"{1000 * each:,.2f}" if p.requests else "-" for each in times]
+        if errors:
+            cells.append(f"{p.failed:,}")
+        table.add_row(
+            f"{p.size:,}",
+            f"{p.rate:,.0f}",
+            *cells,
+            "<- the knee" if knee else counted(p.errors),
+            style="bold green" if knee else "red" if p.failing else None,
+        )
+    return table
 
 
 def _draw(talk: Console, found: Found, picture: Path) -> None:

@@ -1,6 +1,6 @@
 """How large a pool should be: what to measure, and what the figures say.
 
-Nothing here opens a socket or looks at a clock: :mod:`gsocketpool.cli.load` measures, :mod:`gsocketpool.cli.tables` and
+Nothing here opens a socket or looks at a clock: :mod:`gsocketpool.cli.load` measures, :mod:`gsocketpool.cli.size` and
 :mod:`gsocketpool.cli.charts` show. Times are seconds, rates are requests a second.
 
 How the knee is found. Throughput is measured several times at each size, and the median counts. The tolerance is 5 %,
@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from random import Random
 from statistics import fmean, median
@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from gsocketpool.cli.demo import quantile
 
-__all__ = ["Plan", "Point", "Sample", "Step", "Verdict", "judge", "little", "merge"]
+__all__ = ["Plan", "Point", "Sample", "Step", "Verdict", "cut_short", "gone", "judge", "little", "merge"]
 
 #: Throughput within this share of the best is as good as the best.
 TOLERANCE: Final = 0.05
@@ -39,6 +39,8 @@ NOISIEST: Final = 0.25
 FEWEST_REQUESTS: Final = 10
 #: A size where a larger share of the requests failed is left out.
 FAILURES: Final = 0.01
+#: A server that failed every request of so many steps in a row is gone.
+PATIENCE: Final = 2
 #: A client that works for so large a share of its time is the limit.
 SATURATED: Final = 0.9
 #: How much larger than the knee the largest size has to be; twice as large, if it is the only larger one.
@@ -131,11 +133,6 @@ class Plan:
                 return self._repeated(Step(each, self.heaviest) for each in [*sizes, size]) if sizes else []
         return []
 
-    def is_done(self, samples: Sequence[Sample]) -> bool:
-        """Whether these are the samples of all steps, in the order in which they were to be done."""
-        first = len(self.steps())
-        return len(samples) >= first and len(samples) == first + len(self.refined(merge(samples[:first])))
-
     def most_steps(self) -> int:
         """How many steps there may be in all."""
         return len(self.steps()) + (REFINED + 1) * self.repeats
@@ -170,7 +167,7 @@ class Sample:
     :ivar seconds: how long it was measured.
     :ivar in_use: of each request answered in that time, from having a connection to having the reply.
     :ivar waits: of each, for a connection.
-    :ivar errors: how many requests failed, by kind.
+    :ivar errors: how many requests failed, by kind: in that time, or later if they were under way at its end.
     :ivar busy: the share of the time that this process was working, of the time that it had a processor for.
     :ivar lent: how many connections were lent, on average.
     """
@@ -237,7 +234,7 @@ class Point:
     @property
     def failing(self) -> bool:
         """Whether too many of the requests failed for the rest to tell something."""
-        return not self.requests or self.failed > FAILURES * (self.requests + self.failed)
+        return self.failed > FAILURES * (self.requests + self.failed)
 
 
 def merge(samples: Iterable[Sample]) -> list[Point]:
@@ -251,9 +248,6 @@ def merge(samples: Iterable[Sample]) -> list[Point]:
 def _point(step: Step, samples: list[Sample]) -> Point:
     in_use = [each for sample in samples for each in sample.in_use]
     waits = [each for sample in samples for each in sample.waits]
-    errors: Counter[str] = Counter()
-    for sample in samples:
-        errors.update(sample.errors)
     return Point(
         size=step.size,
         greenlets=step.greenlets,
@@ -266,7 +260,7 @@ def _point(step: Step, samples: list[Sample]) -> Point:
         wait=fmean(waits or [0.0]),
         wait_p50=quantile(waits, 0.5),
         wait_p99=quantile(waits, 0.99),
-        errors=dict(errors),
+        errors=_sum(sample.errors for sample in samples),
         busy=median(sample.busy for sample in samples),
         lent=fmean(sample.lent for sample in samples),
     )
@@ -282,7 +276,7 @@ class Verdict:
     :ivar kind: ``knee`` if there is one; else why none is named: ``rising`` (no end in sight), ``flat`` (one connection
         did as much as many), ``client`` (this process was the limit), ``noisy`` (runs of one size differ too much),
         ``brief`` (too few requests in a run), ``failing`` (too many requests failed), ``few`` (too few sizes),
-        ``unfinished`` (not all steps were done).
+        ``gone`` (in the end all requests failed), ``unfinished`` (not all steps were done, for another reason).
     :ivar greenlets: how many sent the requests that it is about.
     :ivar knee: the smallest size that is as good as any, or None. It is what is recommended.
     :ivar reached: the smallest size that is as good as any, whether it is a knee or not.
@@ -294,6 +288,7 @@ class Verdict:
     :ivar in_use: seconds that a request holds a connection in the smallest pool, where the server has the least to do.
     :ivar needed: by Little's law: `best` times `in_use`.
     :ivar failing: the sizes that were left out since too many requests failed.
+    :ivar errors: how many requests failed at those sizes, by kind; if it is ``gone``, how many in the last steps.
     """
 
     kind: str
@@ -308,6 +303,7 @@ class Verdict:
     in_use: float = 0.0
     needed: float = 0.0
     failing: tuple[int, ...] = ()
+    errors: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
@@ -323,8 +319,9 @@ def judge(points: Iterable[Point], greenlets: int) -> Verdict:
     measured = [p for p in points if p.greenlets == greenlets]
     good = sorted((p for p in measured if not p.failing), key=lambda p: p.size)
     failing = tuple(sorted(p.size for p in measured if p.failing))
+    errors = _sum(p.errors for p in measured if p.failing)
     if not good:
-        return Verdict("failing" if failing else "few", greenlets, failing=failing)
+        return Verdict("failing" if failing else "few", greenlets, failing=failing, errors=errors)
     best = max(good, key=lambda p: p.rate)
     spread = median(p.spread for p in good)
     tolerance = max(TOLERANCE, spread)
@@ -344,6 +341,7 @@ def judge(points: Iterable[Point], greenlets: int) -> Verdict:
         "in_use": good[0].in_use,
         "needed": little(best.rate, good[0].in_use),
         "failing": failing,
+        "errors": errors,
     }
     if len(good) < 3:
         kind = "failing" if failing else "few"
@@ -370,6 +368,31 @@ def _still_rises(points: list[Point], knee: Point, tolerance: float) -> bool:
     doublings = math.log2(further)
     gained = max(p.rate for p in beyond) / knee.rate
     return math.log2(max(gained, 1.0)) / doublings > math.log2(1 + 2 * tolerance)
+
+
+def gone(samples: Sequence[Sample]) -> bool:
+    """Whether the server seems to be gone: in the last steps every request failed."""
+    last = samples[-PATIENCE:]
+    return len(last) == PATIENCE and all(sample.errors and not sample.in_use for sample in last)
+
+
+def cut_short(verdict: Verdict, samples: Sequence[Sample]) -> Verdict:
+    """The verdict if these were not all steps: there is no knee in it."""
+    if gone(samples):
+        return replace(verdict, kind="gone", knee=None, errors=_sum(sample.errors for sample in samples[-PATIENCE:]))
+    return replace(verdict, kind="unfinished", knee=None)
+
+
+def _sum(errors: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for each in errors:
+        counts.update(each)
+    return dict(counts)
+
+
+def counted(errors: Mapping[str, int]) -> str:
+    """So many of each kind, for people."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(errors.items()))
 
 
 def words(verdict: Verdict, plan: Plan) -> list[str]:
@@ -409,22 +432,31 @@ def words(verdict: Verdict, plan: Plan) -> list[str]:
             f"Measure again with more --seconds than {plan.seconds:g}, and no fewer --requests.",
         ],
         "failing": [
-            "No knee can be named: too many requests failed. See what the server says, or raise --timeout "
-            f"({plan.timeout:g} s)."
+            f"No knee can be named: too many requests failed ({counted(v.errors)}). {_what_to_do(v, plan)}",
         ],
         "few": ["No knee can be named: fewer than three sizes were measured."],
+        "gone": [
+            f"The server is gone: {counted(v.errors)}. That is every request of the last {PATIENCE} steps.",
+            *([_what_to_do(v, plan)] if "timed out" in v.errors else []),
+        ],
         "unfinished": ["No knee is named: not all steps were done."],
     }[v.kind]
-    if v.failing and v.kind != "failing":
+    if v.failing and v.kind not in ("failing", "gone"):
         sizes = ", ".join(map(str, v.failing))
         said.append(f"Left out, since more than {FAILURES:.0%} of the requests failed: pools of {sizes}.")
     return said
 
 
+def _what_to_do(verdict: Verdict, plan: Plan) -> str:
+    if "timed out" in verdict.errors:
+        return f"A reply may take {plan.timeout:g} s (--timeout): see what the server does, or raise that."
+    return "See what the server says."
+
+
 def check_words(verdict: Verdict, points: Iterable[Point]) -> list[str]:
-    """What Little's law says of the same figures, sentence by sentence."""
+    """What Little's law says of the same figures, sentence by sentence: nothing, if they are not whole."""
     v = verdict
-    if not v.needed:
+    if not v.needed or v.kind in ("failing", "gone", "unfinished"):
         return []
     said = [
         f"Little's law: {v.best:,.0f} requests a second x {v.in_use * 1000:.2f} ms in use (in the smallest pool) "
@@ -437,7 +469,7 @@ def check_words(verdict: Verdict, points: Iterable[Point]) -> list[str]:
             f"With {_connections(point.size)} it gives {working:.1f} at work (lent, as counted: {point.lent:.1f}) and "
             f"{there:.0f} requests under way, waiting ones included (offered: {point.greenlets})."
         )
-        if point.lent > 2 * working:
+        if point.lent > 2 * working and not point.failed:
             said.append("The other connections were lent and idle: this process did not get round to using them.")
     if v.knee is not None and not v.agrees:
         said.append(

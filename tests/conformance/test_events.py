@@ -213,6 +213,15 @@ async def test_a_listener_that_would_have_to_be_awaited_is_refused(rt: Runtime) 
         Script().pool(rt, listeners=[Slow()])
 
 
+async def test_a_method_that_is_set_on_the_listener_itself_is_heard_too(rt: Runtime) -> None:
+    opened: list[int] = []
+    listener = rt.api.Listener()
+    listener.opened = lambda pool, connection, seconds: opened.append(connection.number)
+    pool = Script().pool(rt, max_connections=1, listeners=[listener])
+    async with within(pool.connection(timeout=BOUND)):
+        assert opened == [0]
+
+
 async def test_a_listener_with_a_parameter_too_few_is_refused(rt: Runtime) -> None:
     class Short(rt.api.Listener):  # type: ignore[misc, name-defined]
         def opened(self, pool: Any, connection: Any) -> None:
