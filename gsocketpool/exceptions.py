@@ -17,7 +17,7 @@ class PoolError(Exception):
 class PoolExhaustedError(PoolError):
     """No connection could be lent in the time that there was, or ``wait_ready()`` found too few open.
 
-    :ivar stats: the pool's :class:`~gsocketpool.PoolStats` at that moment. None only if it is not a pool that raised it.
+    :ivar stats: the pool's :class:`~gsocketpool.PoolStats` at that moment. None only if no pool has raised it.
     :ivar waited: seconds that this borrower waited.
     :ivar last_error: the error with which the pool's last failed dial ended, or None.
     """
