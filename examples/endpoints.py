@@ -12,7 +12,7 @@ import sys
 
 import psycopg
 
-from gsocketpool import PoolGroup, wrap
+from gsocketpool import PoolError, PoolGroup, wrap
 
 poll = monkey.get_original("select", "poll")  # asked with a timeout of 0 it answers at once
 
@@ -55,4 +55,9 @@ def main(primary, first_replica, second_replica):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (psycopg.Error, PoolError) as error:
+        sys.exit(str(error))

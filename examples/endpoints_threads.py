@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 
-from gsocketpool.threading import PoolGroup, wrap
+from gsocketpool.threading import PoolError, PoolGroup, wrap
 
 
 def is_quiet(conn):
@@ -54,4 +54,9 @@ def main(primary, first_replica, second_replica):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (psycopg.Error, PoolError) as error:
+        sys.exit(str(error))

@@ -18,7 +18,7 @@ pool = Pool(
     LineConnection,
     {
         "host": os.environ.get("BACKEND_HOST", "127.0.0.1"),
-        "port": int(os.environ["BACKEND_PORT"]),
+        "port": int(os.environ.get("BACKEND_PORT", "9000")),
         "connect_timeout": 2,
         "timeout": 10,
     },
@@ -34,7 +34,7 @@ def app(environ, start_response):
     try:
         with pool.connection() as conn:
             status, reply = "200 OK", conn.ask(question)
-    except PoolError:  # all are in use, or this worker is about to end
+    except (PoolError, OSError):  # all are in use, or this worker is about to end; or the backend is down or hung up
         status, reply = "503 Service Unavailable", b"try again"
     start_response(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(reply)))])
     return [reply]

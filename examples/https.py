@@ -17,7 +17,7 @@ from typing import Any
 
 import gevent
 
-from gsocketpool import Pool, retry, wrap
+from gsocketpool import Pool, PoolError, retry, wrap
 
 
 class Response(http.client.HTTPResponse):
@@ -141,12 +141,21 @@ def get(pool: Pool[KeptAlive], target: str) -> tuple[http.client.HTTPResponse, b
 
 def main(host: str, port: str, target: str, authorities: str | None = None) -> None:
     context = ssl.create_default_context(cafile=authorities)  # one for all: it verifies chain and host name
-    with https_pool(host, int(port), context) as pool:
+    with https_pool(host, int(port), context, initial_connections=1) as pool:
         jobs = [gevent.spawn(get, pool, target) for _ in range(20)]
+        try:
+            gevent.joinall(jobs, raise_error=True)
+        finally:
+            gevent.killall(jobs)  # where one has failed the others need not go on
         print(sorted({job.get()[0].status for job in jobs}))
         stats = pool.stats()
         print(f"{stats.acquired} requests over at most {stats.max_connections} connections")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) not in (4, 5):
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (OSError, http.client.HTTPException, PoolError) as error:
+        sys.exit(str(error))

@@ -29,6 +29,7 @@ class PooledUser(User):
     """Borrows from one pool, that of all users in this process."""
 
     abstract = True
+    host = "tcp://127.0.0.1:9000"  # where no --host is given
     pool = None
 
     def ask(self, name, question):
@@ -58,7 +59,7 @@ class PooledUser(User):
 
 @events.test_start.add_listener
 def make_pool(environment, **_):
-    where = urlsplit(environment.host)
+    where = urlsplit(environment.host or PooledUser.host)
     PooledUser.pool = Pool(
         LineConnection,
         {"host": where.hostname, "port": where.port, "connect_timeout": 2, "timeout": 5},

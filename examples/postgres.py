@@ -18,7 +18,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
-from gsocketpool import Pool, Wrap, wrap
+from gsocketpool import Pool, PoolError, Wrap, wrap
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -84,6 +84,7 @@ def main(dsn: str) -> None:
         discard_on=psycopg.OperationalError,  # other errors leave a connection that can be rolled back
         max_lifetime=1800,
         keepalive=60,
+        initial_connections=1,  # if that fails, its error is raised here
         leak_threshold=30,  # who holds one for longer is named in the log
         name="squares",
     )
@@ -105,6 +106,10 @@ def main(dsn: str) -> None:
 
     with pool:
         jobs = [gevent.spawn(square, number) for number in range(20)]
+        try:
+            gevent.joinall(jobs, raise_error=True)
+        finally:
+            gevent.killall(jobs)  # where one has failed the others need not go on
         print([job.get() for job in jobs])
         print(f"{pool.stats().acquired} times lent")
 
@@ -121,4 +126,9 @@ def main(dsn: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    try:
+        main(sys.argv[1])
+    except (psycopg.Error, PoolError) as error:
+        sys.exit(str(error))

@@ -11,7 +11,7 @@ from typing import Any
 
 import gevent
 
-from gsocketpool import Pool, TcpConnection
+from gsocketpool import Pool, PoolError, TcpConnection
 
 #: What a reply is made of: a status or a string, a number, nil, an array; in an array, an error too.
 Reply = bytes | int | None | list[Any]
@@ -154,6 +154,7 @@ def main(host: str, port: str) -> None:
     pool = Pool(
         Resp,
         {"host": host, "port": int(port), "connect_timeout": 2, "timeout": 5},
+        initial_connections=1,  # if that fails, its error is raised here
         max_connections=4,
         acquire_timeout=2,
         discard_on=OSError,  # a ReplyError costs no connection
@@ -167,7 +168,11 @@ def main(host: str, port: str) -> None:
             conn.call("SET", f"key{number}", bytes([number, 0, 13, 10]), "EX", 60)
 
     with pool:
-        gevent.joinall([gevent.spawn(put, number) for number in range(50)], raise_error=True)
+        jobs = [gevent.spawn(put, number) for number in range(50)]
+        try:
+            gevent.joinall(jobs, raise_error=True)
+        finally:
+            gevent.killall(jobs)  # where one has failed the others need not go on
 
         with pool.connection() as conn:
             print("key7 is", conn.call("GET", "key7"))
@@ -197,4 +202,9 @@ def main(host: str, port: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (OSError, ReplyError, PoolError) as error:
+        sys.exit(str(error))

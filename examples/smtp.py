@@ -18,7 +18,7 @@ from typing import Any
 
 import gevent
 
-from gsocketpool import Pool, wrap
+from gsocketpool import Pool, PoolError, wrap
 
 
 def dial(host: str, port: int, user: str, password: str, context: ssl.SSLContext) -> smtplib.SMTP:
@@ -111,11 +111,21 @@ def main(host: str, port: str, user: str, address: str, authorities: str | None 
         message.set_content("Hello!\n")
         send(pool, message)
 
-    with smtp_pool(host, int(port), user, os.environ["SMTP_PASSWORD"], context) as pool:
-        gevent.joinall([gevent.spawn(greet, number) for number in range(20)], raise_error=True)
+    password = os.environ["SMTP_PASSWORD"]
+    with smtp_pool(host, int(port), user, password, context, initial_connections=1) as pool:
+        jobs = [gevent.spawn(greet, number) for number in range(20)]
+        try:
+            gevent.joinall(jobs, raise_error=True)
+        finally:
+            gevent.killall(jobs)  # where one has failed the others need not go on
         stats = pool.stats()
         print(f"{stats.acquired} mails over at most {stats.max_connections} connections")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) not in (5, 6):
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (OSError, PoolError) as error:
+        sys.exit(str(error))

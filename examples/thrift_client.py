@@ -19,10 +19,10 @@ import gevent
 import thriftpy2
 from thriftpy2.protocol import TBinaryProtocolFactory
 from thriftpy2.server import TThreadedServer
-from thriftpy2.thrift import TApplicationException, TClient, TProcessor
+from thriftpy2.thrift import TApplicationException, TClient, TException, TProcessor
 from thriftpy2.transport import TBufferedTransportFactory, TServerSocket, TSocket
 
-from gsocketpool import Connection, Pool
+from gsocketpool import Connection, Pool, PoolError
 
 stock: Any = thriftpy2.load(str(Path(__file__).parent / "stock.thrift"), module_name="stock_thrift")
 poll = monkey.get_original("select", "poll")  # asked with a timeout of 0 it answers at once
@@ -106,8 +106,12 @@ def start_server() -> int:
 
 
 def main(host: str = "127.0.0.1", port: str | None = None) -> None:
-    with stock_pool(host, int(port) if port else start_server()) as pool:
+    with stock_pool(host, int(port) if port else start_server(), initial_connections=1) as pool:
         jobs = [gevent.spawn(call, pool, "count", "apple") for _ in range(20)]
+        try:
+            gevent.joinall(jobs, raise_error=True)
+        finally:
+            gevent.killall(jobs)  # where one has failed the others need not go on
         print([job.get() for job in jobs])
         try:
             call(pool, "count", "pear")
@@ -119,4 +123,9 @@ def main(host: str = "127.0.0.1", port: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) not in (1, 3):
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (OSError, TException, PoolError) as error:
+        sys.exit(str(error))

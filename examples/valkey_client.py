@@ -183,6 +183,7 @@ class ConnectionPool(valkey.ConnectionPool):
 def main(host, port):
     options = {"host": host, "port": int(port), "socket_connect_timeout": 2, "socket_timeout": 5}
     settings = {"acquire_timeout": 2, "max_lifetime": 1800, "keepalive": 60, "leak_threshold": 30, "name": "valkey"}
+    settings["initial_connections"] = 1  # if that fails, its error is raised here
 
     # The whole client. It is one object for all greenlets; each command borrows a connection.
     connection_pool = ConnectionPool(max_connections=4, settings=settings, **options)
@@ -191,7 +192,11 @@ def main(host, port):
     def put(number):
         client.set(f"key{number}", number * number, ex=60)
 
-    gevent.joinall([gevent.spawn(put, number) for number in range(50)], raise_error=True)
+    jobs = [gevent.spawn(put, number) for number in range(50)]
+    try:
+        gevent.joinall(jobs, raise_error=True)
+    finally:
+        gevent.killall(jobs)  # where one has failed the others need not go on
     print("key7 is", client.get("key7"))
 
     with client.pipeline() as pipe:
@@ -225,4 +230,9 @@ def main(host, port):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except (valkey.RedisError, OSError, PoolError) as error:
+        sys.exit(str(error))
