@@ -20,7 +20,7 @@ from collections.abc import Callable
 from threading import get_ident
 from time import monotonic
 from types import CoroutineType, EllipsisType, FrameType, TracebackType
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, Final, NoReturn, TypeVar
 
 from greenlet import GreenletExit, getcurrent
 
@@ -72,6 +72,9 @@ __all__ = [
     "retry",
     "wrap",
 ]
+
+#: What ends a task or a greenlet, from outside.
+CANCELLED: Final = (asyncio.CancelledError, GreenletExit, GeneratorExit)
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -472,14 +475,14 @@ class Pool(_Async, Driver[C]):
         return None if parent is None else parent.gr_frame
 
     def _may_raise(self, error: BaseException) -> bool:
-        return not isinstance(error, (asyncio.CancelledError, GreenletExit, GeneratorExit))
+        return not isinstance(error, CANCELLED)
 
     def _report(self, what: str, error: BaseException, trace: bool = True) -> None:
         # What was merely cancelled is no news: a loop that ends cancels all.
-        if isinstance(error, Exception) and isinstance(error.__cause__, Exception | None):
-            super()._report(what, error, trace)
-        else:
+        if isinstance(error, CANCELLED) or isinstance(error.__cause__, CANCELLED):
             self._say(logging.DEBUG, "%s: %s: %r", self._label, what, error)
+        else:
+            super()._report(what, error, trace)
 
     def _when_over(self, borrower: object, callback: Callable[[object], None]) -> Callable[[], object] | None:
         if not isinstance(borrower, asyncio.Future):

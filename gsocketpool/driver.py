@@ -141,6 +141,7 @@ class Driver(Core[C]):
         "_ready",
         "_settings",
         "_talking",
+        "_telling",
         "_upkeep",
         "_usual_limit",
         "name",
@@ -238,6 +239,8 @@ class Driver(Core[C]):
         # Jobs of the pool's own that are opening, closing or asking a connection: what they do, and since when.
         self._talking: dict[object, tuple[str, float]] = {}
         self._filling = initial_connections > 0  # the stock comes after them
+
+        self._telling: set[Member[C]] = set()  # retired, and not closed before listeners have heard that it came back
 
         self._failing_since = 0.0  # when the first of the last dials that failed in a row did, by the calendar
         self._failed_at = 0.0  # when the last one did
@@ -836,10 +839,8 @@ class Driver(Core[C]):
             text = f"a dial for min_idle={self._min_idle} failed; the next one in {rest:.2f} s"
             self._report(text, problem, trace=self._setbacks == 1)
         elif place is not None and waiter is None:
-            # As long as no dial succeeds, once: while a server is down there may be very many.
-            level = logging.WARNING if self._strikes <= 1 else logging.DEBUG
-            text = "%s: a dial failed that nobody waits for any more: %s"
-            self._say(level, text, self._label, shown(problem), error=problem)
+            if self._strikes <= 1:  # once, as long as no dial succeeds: while a server is down there may be very many
+                self._report("a dial failed that nobody waits for any more", problem)
 
     def _opened_one(self, connection: C, generation: int) -> None:
         if self._operations.resets(connection):
@@ -961,6 +962,7 @@ class Driver(Core[C]):
             granted_to = self.retire(member, "closed")
             if granted_to is not None:
                 self._tell_closed(granted_to)
+        self._telling.update(member for member, held in returned if held is not None)
         interrupted: BaseException | None = None
         for member, held in returned:
             try:
@@ -976,7 +978,7 @@ class Driver(Core[C]):
 
     def _close_late(self) -> None:
         """Close what was retired and nobody closes."""
-        self._close_all(list(self._unclosed))
+        self._close_all([member for member in self._unclosed if member not in self._telling])
 
     def _wake_drains(self) -> None:
         if not self.total or not self._closing:
@@ -1016,12 +1018,12 @@ class Driver(Core[C]):
                 self.freed(member.connection)
             if not (mine and epoch == self._epoch and "closed" in self._audience.heard):
                 self._count_off(tally)
+            else:
+                # In a job of its own: in threads few can close at once, and a listener may take its time.
+                self._spawn(self._tell_closing, member, tally)
             self._wake_drains()
             if mine and epoch == self._epoch:
                 self._start_dials()
-                if "closed" in self._audience.heard:
-                    # In a job of its own: in threads few can close at once, and a listener may take its time.
-                    self._spawn(self._tell_closing, member, tally)
         try:
             if problem is not None and epoch == self._epoch:
                 self._report("close() failed", problem)
@@ -1091,7 +1093,11 @@ class Driver(Core[C]):
 
     def _tell_returned(self, member: Member[C], held: float | None) -> None:
         if held is not None:
-            self._tell("returned", member.connection, held)
+            self._telling.add(member)
+            try:
+                self._tell("returned", member.connection, held)
+            finally:
+                self._telling.discard(member)
 
     def _tell_opened(self, connection: C, duration: float, epoch: int) -> None:
         """Before anybody can borrow it."""

@@ -103,7 +103,7 @@ class Audience:
             try:
                 answer = method(pool, *args)
                 if answer is not None:
-                    refuse_coroutine(answer, f"{event}() of a listener")
+                    refuse_coroutine(answer, f"{event}() of a listener", "nobody awaits it")
             except Exception as error:
                 # Once as a warning: a pool has as many events as an error of a listener would fill a disk with.
                 level = logging.DEBUG if (event, number) in self._failed else logging.WARNING

@@ -204,11 +204,11 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_REPR else f"{text[:LONGEST_REPR]}..."
 
 
-def refuse_coroutine(answer: object, whose: str) -> None:
+def refuse_coroutine(answer: object, whose: str, why: str = "only a pool of gsocketpool.asyncio can await it") -> None:
     """What was to be awaited has not been: it must not pass for done."""
     if isinstance(answer, Coroutine):
         answer.close()
-        raise TypeError(f"{whose} answered a coroutine: only a pool of gsocketpool.asyncio can await it")
+        raise TypeError(f"{whose} answered a coroutine: {why}")
 
 
 def passes(answer: object) -> bool:

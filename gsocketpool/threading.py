@@ -344,6 +344,14 @@ class Pool(BlockingPool[C]):
         with self._monitor:
             return super().__repr__()
 
+    def debug(self) -> str:
+        if not hasattr(self, "_monitor"):
+            return repr(self)
+        with self._monitor:
+            return super().debug()
+
+    debug.__doc__ = BlockingPool.debug.__doc__
+
     def _after_fork(self, members: list[Member[C]], connections: list[C], places: list[Place[C]]) -> None:
         # Whoever stood here in another thread is gone.
         for queue in (self._dialled, self._undialled):
@@ -436,7 +444,7 @@ class Pool(BlockingPool[C]):
 
 _guard(
     Pool,
-    *("resize", "pause", "resume", "holders", "stats", "debug", "faults", "size", "idle", "in_use", "waiting", "total"),
+    *("resize", "pause", "resume", "holders", "stats", "faults", "size", "idle", "in_use", "waiting", "total"),
     *("drop", "drop_expired", "clear", "wait_ready", "close", "_change_budget", "_create_connection"),
 )
 
