@@ -26,7 +26,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gsocketpool.cli.load import Address, Request, Target, is_here, measure, unescape
+from gsocketpool.cli.load import Address, Request, Run, Target, is_here, measure, unescape
 from gsocketpool.cli.main import main
 from gsocketpool.cli.sizing import (
     Plan,
@@ -36,6 +36,8 @@ from gsocketpool.cli.sizing import (
     Verdict,
     between,
     check_words,
+    cut_short,
+    gone,
     judge,
     little,
     merge,
@@ -44,7 +46,7 @@ from gsocketpool.cli.sizing import (
 )
 
 from .peers import Valkey
-from .servers import Authority, BlackHole, LineEchoServer, Server, refused_port, reset, swallow
+from .servers import Authority, BlackHole, LineEchoServer, Server, refused_port, reset, say, swallow
 
 ROOT = Path(__file__).parent.parent
 STYLING = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "TERM")
@@ -79,8 +81,8 @@ def run(*arguments: str, before: str = "") -> Any:
 
 def measured(*arguments: str) -> dict[str, Any]:
     """What it says to machines."""
-    ended = run(*arguments, "--json")
-    assert ended.returncode == 0, ended.stderr
+    ended = CliRunner().invoke(main, ["size", *arguments, "--json"])
+    assert ended.exit_code == 0, ended.output
     found: dict[str, Any] = json.loads(ended.stdout)
     return found
 
@@ -129,20 +131,6 @@ def test_a_closer_look_is_taken_below_what_seems_to_be_the_knee() -> None:
     assert plan.refined(curve(dict.fromkeys(plan.sizes(), 100))) == []
     assert plan.refined(curve({n: min(n, 2) for n in plan.sizes()})) == []
     assert plan.refined([]) == []
-
-
-def test_it_is_done_when_the_closer_look_is() -> None:
-    plan = Plan(most=8, greenlets=(16,), repeats=2)
-
-    def sample(step: Step) -> Sample:
-        return Sample(step, 1.0, [0.01] * 100 * min(step.size, 4), [0.0] * 100)
-
-    samples = [sample(step) for step in plan.steps()]
-    assert not plan.is_done(samples[:-1])
-    assert not plan.is_done(samples)
-    samples += [sample(step) for step in plan.refined(merge(samples))]
-    assert not plan.is_done(samples[:-1])
-    assert plan.is_done(samples)
 
 
 def test_a_step_is_as_long_as_twenty_requests_one_after_the_other() -> None:
@@ -293,6 +281,18 @@ def test_sizes_at_which_requests_failed_are_left_out() -> None:
     assert judge(curve(rates, errors={n: {"reset": 2} for n in SIZES}), 64).knee == 4
     assert judge(curve(rates, errors={n: {"reset": 200} for n in SIZES}), 64).kind == "failing"
     assert judge(curve(rates, errors={n: {"reset": 200} for n in SIZES[2:]}), 64).kind == "failing"
+
+
+def step_of(answered: int, **errors: int) -> Sample:
+    return Sample(Step(2, 8), 0.5, [0.01] * answered, [0.0] * answered, errors)
+
+
+def test_a_server_is_gone_if_every_request_of_two_steps_in_a_row_failed() -> None:
+    assert gone([step_of(9), step_of(0, refused=3), step_of(0, reset=3)])
+    assert not gone([step_of(0, refused=3)])
+    assert not gone([step_of(0, refused=3), step_of(9), step_of(0, refused=3)])
+    assert not gone([step_of(0, refused=3), step_of(1, refused=300)])
+    assert not gone([step_of(0), step_of(0)])  # too short for a reply to come, and none failed
 
 
 def test_only_the_greenlets_asked_for_count() -> None:
@@ -454,7 +454,46 @@ def test_it_says_why_it_recommends_nothing() -> None:
     )
 
 
+def test_it_says_how_requests_failed_and_raises_the_timeout_only_if_that_helps() -> None:
+    failing = {size: {"refused": 1000, "reset": 2} for size in SIZES[1:]}
+    points = curve(dict.fromkeys(SIZES, 100), errors=failing)
+
+    assert said(judge(points, 64)) == (
+        "No knee can be named: too many requests failed (5,000 refused, 10 reset). See what the server says."
+    )
+    late = judge(curve(dict.fromkeys(SIZES, 100), errors={size: {"timed out": 200} for size in SIZES}), 64)
+    assert said(late) == (
+        "No knee can be named: too many requests failed (1,200 timed out). A reply may take 5 s (--timeout): see what "
+        "the server does, or raise that."
+    )
+
+
+def test_it_makes_nothing_of_figures_that_are_not_whole() -> None:
+    points = curve({1: 200, 2: 400, 3: 600, 4: 790, 8: 800, 16: 800, 32: 795})
+    whole = judge(points, 64)
+    left = cut_short(whole, [step_of(9), step_of(9)])
+    dead = cut_short(whole, [step_of(9), step_of(0, refused=1000), step_of(0, refused=1)])
+
+    assert (left.kind, left.knee, dead.kind, dead.knee) == ("unfinished", None, "gone", None)
+    assert said(left) == "No knee is named: not all steps were done."
+    assert said(dead) == "The server is gone: 1,001 refused. That is every request of the last 2 steps."
+    assert len(check_words(whole, points)) == 2
+    assert check_words(left, points) == check_words(dead, points) == []
+    assert check_words(judge(points[:2], 64), points) != []
+    failing = curve(dict.fromkeys(SIZES, 100), errors={size: {"reset": 200} for size in SIZES[2:]})
+    assert check_words(judge(failing, 64), failing) == []
+
+
 # What is asked, and whom
+
+
+def test_the_help_shows_an_example_that_can_be_copied() -> None:
+    shown = CliRunner().invoke(main, ["size", "--help"]).output
+
+    assert "\n  python -m gsocketpool size tcp://127.0.0.1:6379 \\\n" in shown
+    assert "\n      --send 'PING\\r\\n' --until '\\r\\n'\n" in shown
+    assert "\\b" not in shown
+    assert "\b" not in shown
 
 
 def test_escapes_are_those_of_python() -> None:
@@ -597,10 +636,10 @@ def test_another_machine_is_asked_about_before_anything_is_sent() -> None:
 
 
 def test_the_watch_over_what_is_sent_sees_what_is_sent() -> None:
-    with LineEchoServer() as server:
-        ended = run(f"tcp://127.0.0.1:{server.port}", *LINES, *BRIEF, before=WATCHED)
+    with Server(say(b"welcome")) as server:
+        ended = run(f"tcp://127.0.0.1:{server.port}", *LINES, before=WATCHED)
 
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == 1
     assert f"SENT 127.0.0.1 {server.port}" in ended.stderr
 
 
@@ -609,15 +648,15 @@ def test_the_watch_over_what_is_sent_sees_what_is_sent() -> None:
 
 def assert_machines_can_read_it(found: dict[str, Any]) -> None:
     assert list(found) == [
-        *("gsocketpool", "address", "practice", "send", "reply", "request_seconds", "plan", "took", "done", "points"),
-        *("verdict", "words", "check"),
+        *("gsocketpool", "address", "practice", "send", "reply", "request_seconds", "plan", "took", "done", "ended"),
+        *("points", "verdict", "words", "check"),
     ]
-    assert found["practice"] == {"workers": 4, "service": 0.03}
-    assert (found["send"], found["reply"], found["done"]) == ("ping\n", "pong", True)
+    assert found["practice"] == {"workers": 2, "service": 0.015}
+    assert (found["send"], found["reply"], found["done"], found["ended"]) == ("ping\n", "pong", True, None)
     assert found["plan"] == {
         "most": 8,
         "greenlets": [8],
-        "seconds": 0.3,
+        "seconds": 0.22,
         "repeats": 3,
         "requests": 100_000,
         "timeout": 5.0,
@@ -629,7 +668,7 @@ def assert_machines_can_read_it(found: dict[str, Any]) -> None:
             *("wait", "wait_p50", "wait_p99", "errors", "busy", "lent", "rate", "spread", "failing"),
         ]
         assert point["errors"] == {}
-        assert 0.02 <= point["in_use_p50"] <= point["in_use_p99"]
+        assert 0.01 <= point["in_use_p50"] <= point["in_use_p99"]
         assert 0 <= point["wait_p50"] <= point["wait_p99"]
         assert point["requests"] > 0
         assert 0 < point["lent"] <= point["size"]
@@ -644,7 +683,7 @@ def assert_people_can_read_it(picture: Path, knee: int) -> None:
     texts = {flat("".join(each.itertext())) for each in root.iter("{http://www.w3.org/2000/svg}text")}
 
     assert texts >= {
-        "practice server, 4 workers, 8 greenlets",
+        "practice server, 2 workers, 8 greenlets",
         "requests a second",
         "milliseconds",
         "connections in the pool (max_connections)",
@@ -659,25 +698,25 @@ def assert_people_can_read_it(picture: Path, knee: int) -> None:
     assert texts >= {"1", "2", "8"}
 
 
-def test_the_knee_of_four_workers_is_found_and_drawn(tmp_path: Path) -> None:
-    # Their 30 ms are long beside what a machine with much else to do keeps a process waiting. That would move the knee,
-    # since a request then takes longer on its way than at a worker.
+def test_the_knee_of_two_workers_is_found_and_drawn(tmp_path: Path) -> None:
+    # Their 15 ms are long beside what a machine with much else to do keeps a process waiting: as much again would move
+    # the knee to four connections. More greenlets than the largest pool would only take longer to warm up.
     picture = tmp_path / "sizing.svg"
-    sizes = ("--max", "8", "--greenlets", "8", "--seconds", "0.3", "--service", "0.03")
+    sizes = ("--max", "8", "--greenlets", "8", "--seconds", "0.22", "--workers", "2", "--service", "0.015")
     ended = run(*sizes, "--json", "--picture", str(picture))
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     verdict = found["verdict"]
 
     assert verdict["kind"] == "knee", found
-    assert 3 <= verdict["knee"] <= 7
+    assert 2 <= verdict["knee"] <= 5
     assert verdict["recommended"] == verdict["knee"]
-    assert 2 <= verdict["needed"] <= 8
+    assert 1 <= verdict["needed"] <= 5
     assert {point["size"] for point in found["points"]} >= {1, 2, 4, 8}
     assert_machines_can_read_it(found)
     assert_people_can_read_it(picture, verdict["knee"])
     # How it goes is told to people.
-    assert "a practice server of 4 workers, 30 ms a request" in flat(ended.stderr)
+    assert "a practice server of 2 workers, 15 ms a request" in flat(ended.stderr)
     assert re.search(r"done in \d+ s at the latest \(seed 1961\)", flat(ended.stderr))
     assert "50 % of the steps are done" in ended.stderr
     assert f"The picture is in {picture}." in ended.stderr
@@ -726,7 +765,7 @@ def test_a_terminal_gets_a_bar_that_is_gone_in_the_end(monkeypatch: pytest.Monke
 
 def test_ctrl_c_shows_what_there_is_and_leaves_no_server() -> None:
     with std_subprocess.Popen(
-        command("--max", "4", "--greenlets", "4", "--seconds", "0.15", "--repeats", "6"),
+        command("--max", "4", "--greenlets", "4", "--seconds", "0.07", "--repeats", "6"),
         cwd=ROOT,
         env={k: v for k, v in environment().items() if not k.startswith("COV")} | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
@@ -746,7 +785,8 @@ def test_ctrl_c_shows_what_there_is_and_leaves_no_server() -> None:
     assert errors == ""
     assert "4 greenlets; times in milliseconds" in output
     assert "No knee is named: not all steps were done." in output
-    assert re.search(r"Ended early, after \d+ of at most 42 steps", output)
+    assert re.search(r"Ended early, after \d+ of at most 42 steps and \d+ s: Ctrl-C was pressed\.", flat(output))
+    assert "Little's law" not in output
     assert not server.is_running()
 
 
@@ -816,13 +856,26 @@ def test_tls_is_verified(tmp_path: Path) -> None:
     authority = Authority()
     with LineEchoServer(tls=authority.server_context("localhost")) as server:
         address = f"tcp://localhost:{server.port}"
-        refused = run(address, *LINES, *BRIEF, "--tls")
+        message = refused(address, *LINES, "--tls")
         found = measured(address, *LINES, *BRIEF, "--tls", "--ca", str(authority.write(tmp_path)))
 
-    assert refused.returncode == 1
-    assert "cannot be reached" in refused.stderr
-    assert "certificate verify failed" in flat(refused.stderr)
+    assert "cannot be reached" in message
+    assert "certificate verify failed" in message
+    assert "Does it speak TLS" not in message
     assert found["points"][-1]["errors"] == {}
+
+
+def size_of(server: Server, *arguments: str) -> tuple[int, str]:
+    """What it shows, with its lines."""
+    result = CliRunner().invoke(main, ["size", f"tcp://127.0.0.1:{server.port}", *LINES, *BRIEF, *arguments])
+    return result.exit_code, result.output
+
+
+def last_words(output: str) -> str:
+    """What it says after the tables, in one line; the figures are not looked at."""
+    assert "Little's law" not in output
+    assert "did not get round" not in output
+    return flat(re.split(r"^(?=The server|No knee)", output, maxsplit=1, flags=re.MULTILINE)[-1])
 
 
 def test_what_fails_is_counted_and_left_out() -> None:
@@ -841,11 +894,11 @@ def test_what_fails_is_counted_and_left_out() -> None:
             busy -= 1
 
     with Server(serve) as server:
-        ended = run(f"tcp://127.0.0.1:{server.port}", *LINES, *BRIEF)
+        status, output = size_of(server)
 
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert re.search(r"^ +4 .* \d+ reset *$", ended.stdout, re.MULTILINE)
-    assert "No knee can be named: too many requests failed." in flat(ended.stdout)
+    assert status == 0
+    assert re.search(r"^ +4 .* \d+ reset *$", output, re.MULTILINE)
+    assert "No knee can be named: too many requests failed (" in last_words(output)
 
 
 def test_requests_are_bounded() -> None:
@@ -862,17 +915,161 @@ def test_requests_are_bounded() -> None:
     assert sample.seconds < 20
 
 
+def put_load_on(server: Server, **options: Any) -> Sample:
+    """Four greenlets with two connections, for a short while."""
+    plan = Plan(most=4, greenlets=(4,), **options)
+    target = Target(
+        Address.parse(f"tcp://127.0.0.1:{server.port}"), Request(b"ping\n", b"\n"), ["127.0.0.1"], timeout=plan.timeout
+    )
+    sample = measure(target, Step(2, 4), plan, lambda: False)
+    server.wait_open(0)
+    return sample
+
+
 def test_a_reply_that_never_comes_is_an_error_of_the_load_too() -> None:
-    plan = Plan(most=4, greenlets=(4,), seconds=0.6, timeout=0.1)
     with Server(swallow) as server:
-        target = Target(
-            Address.parse(f"tcp://127.0.0.1:{server.port}"), Request(b"ping\n", b"\n"), ["127.0.0.1"], timeout=0.1
-        )
-        sample = measure(target, Step(2, 4), plan, lambda: False)
-        server.wait_open(0)
+        sample = put_load_on(server, seconds=0.3, timeout=0.1)
 
     assert len(sample.in_use) == 0
     assert set(sample.errors) == {"timed out"}
+
+
+def drip(sock: Any) -> None:
+    """Begin a reply, and never end it."""
+    sock.recv(100)
+    while True:
+        sock.sendall(b"x")
+        gevent.sleep(0.02)
+
+
+def slow(sock: Any) -> None:
+    """Take longer for a reply than a brief step takes."""
+    while data := sock.recv(100):
+        gevent.sleep(0.2)
+        sock.sendall(data)
+
+
+@pytest.mark.parametrize("serve", [swallow, drip])
+def test_what_is_under_way_when_a_step_ends_has_failed_if_no_reply_comes_in_time(serve: Any) -> None:
+    with Server(serve) as server:
+        sample = put_load_on(server, seconds=0.05, timeout=0.8)
+
+    assert len(sample.in_use) == 0
+    assert sample.errors == {"timed out": 2}  # two were asked; two waited for a connection, and were then not needed
+
+
+def test_what_is_under_way_when_a_step_ends_has_not_failed_if_it_takes_longer_than_a_step() -> None:
+    with Server(slow) as server:
+        sample = put_load_on(server, seconds=0.05, timeout=20)
+
+    assert (len(sample.in_use), sample.errors) == (0, {})
+    assert not merge([sample])[0].failing
+
+
+def server_that_fails(when: int, how: Any) -> Server:
+    """It echoes so many requests in all, and does ``how(server)`` at the next one: if that returns, it says nothing."""
+    left = when
+
+    def serve(sock: Any) -> None:
+        nonlocal left
+        while data := sock.recv(100):
+            left -= 1
+            if left < 0:
+                how(server)
+                return swallow(sock)
+            gevent.sleep(0.002)
+            sock.sendall(data)
+
+    server = Server(serve)
+    return server
+
+
+def dies(server: Server) -> None:
+    server._stop_accepting()
+    gevent.spawn(server.hang_up)
+
+
+def hangs(server: Server) -> None:
+    pass
+
+
+def test_a_server_that_dies_in_the_middle_ends_the_run_and_fills_no_screen() -> None:
+    with server_that_fails(100, dies) as server:
+        ended = run(f"tcp://127.0.0.1:{server.port}", *LINES, *BRIEF)
+
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert re.search(r"^ +\d .* 0 +- +- +- +- +\d+ +\d+ refused *$", ended.stdout, re.MULTILINE)
+    assert re.fullmatch(
+        r"The server is gone: \d+ refused\. That is every request of the last 2 steps\. "
+        r"Ended early, after \d+ of at most 16 steps and \d+ s: the server is gone\.",
+        last_words(ended.stdout),
+    )
+
+
+def test_a_server_that_stops_answering_ends_the_run() -> None:
+    with server_that_fails(100, hangs) as server:
+        status, output = size_of(server, "--timeout", "0.3")
+
+    assert status == 1
+    assert re.search(r"^ +\d .* 0 +- +- +- +- +\d+ +\d+ timed out *$", output, re.MULTILINE)
+    assert re.fullmatch(
+        r"The server is gone: \d+ timed out\. That is every request of the last 2 steps\. A reply may take 0\.3 s "
+        r"\(--timeout\): see what the server does, or raise that\. "
+        r"Ended early, after \d+ of at most 16 steps and \d+ s: the server is gone\.",
+        last_words(output),
+    )
+
+
+def test_a_server_that_is_gone_after_the_first_contact_ends_the_run() -> None:
+    def once(sock: Any) -> None:
+        server._stop_accepting()
+        LineEchoServer()._handler(sock)
+
+    with Server(once) as server:
+        ended = CliRunner().invoke(main, ["size", f"tcp://127.0.0.1:{server.port}", *LINES, *BRIEF, "--json"])
+    found = json.loads(ended.stdout)
+
+    assert ended.exit_code == 1
+    assert (found["done"], found["ended"], found["verdict"]["kind"]) == (False, "gone", "gone")
+    assert (found["verdict"]["recommended"], found["check"]) == (None, [])
+    assert set(found["verdict"]["errors"]) == {"refused"}
+    assert "Ended early, after 2 of at most 16 steps" in flat(ended.stderr)
+
+
+def test_a_run_that_takes_too_long_says_why() -> None:
+    left = 5  # so many are asked for at first, and they need not take long
+
+    def serve(sock: Any) -> None:
+        nonlocal left
+        while data := sock.recv(100):
+            left -= 1
+            gevent.sleep(0.3 if left < 0 else 0)
+            sock.sendall(data)
+
+    with Server(serve) as server:
+        status, output = size_of(server, "--greenlets", "4")
+
+    assert status == 1
+    assert re.fullmatch(
+        r"No knee is named: not all steps were done\. Ended early, after \d+ of at most 14 steps and \d+ s: the time "
+        r"was up; late replies had to be awaited after each step, for up to 20 s \(--timeout\)\.",
+        last_words(output),
+    )
+
+
+def test_a_run_that_is_whole_has_done_all_steps() -> None:
+    plan = Plan(most=4, greenlets=(8,), seconds=0.05, repeats=2, timeout=20)
+    with LineEchoServer() as server:
+        target = Target(
+            Address.parse(f"tcp://127.0.0.1:{server.port}"), Request(b"ping\n", b"\n"), ["127.0.0.1"], timeout=20
+        )
+        measuring = Run(target, plan, lambda: False)
+        steps = list(measuring)
+
+    assert measuring.ended is None
+    assert steps[:6] == plan.steps()
+    assert steps[6:] == plan.refined(merge(measuring.samples[:6]))
+    assert [sample.step for sample in measuring.samples] == steps
 
 
 def refused(address: str, *arguments: str) -> str:
@@ -900,7 +1097,45 @@ def test_a_server_that_answers_otherwise_is_one_clear_message() -> None:
     with Server(swallow) as server:
         message = refused(f"tcp://127.0.0.1:{server.port}")
     assert "does not answer as expected" in message
-    assert r"A request is b'ping\n', and b'\n' is to end a reply." in message
+    assert "sent nothing within 0.3 s" in message
+    assert r"A request is b'ping\n', and b'\n' is to end a reply; nothing came." in message
+
+
+def test_a_reply_that_does_not_end_as_it_should_is_shown() -> None:
+    def pong(sock: Any) -> None:
+        while sock.recv(100):
+            sock.sendall(b"+PONG\r\n")
+
+    with Server(pong) as server:
+        address = f"tcp://127.0.0.1:{server.port}"
+        for ending, what in (("--until", "OK"), r"b'OK'"), (("--expect-bytes", "100"), "byte 100"):
+            message = refused(address, *LINES[:2], *ending)
+            assert f"{what} is to end a reply; what came in 0.3 s is b'+PONG\\r\\n' (7 bytes)." in message
+            assert "If that is the whole reply, say so with --until or --expect-bytes." in message
+        message = refused(address, *LINES[:2], "--expect-bytes", "3")
+        assert r"says b'+PO' and goes on after byte 3 with b'NG\r\n'" in message
+    with Server(drip) as server:
+        assert "what came in 0.3 s is b'xxx" in refused(f"tcp://127.0.0.1:{server.port}")
+
+
+def test_a_server_that_speaks_first_is_one_clear_message() -> None:
+    with Server(say(b"220 welcome\r\n")) as server:
+        message = refused(f"tcp://127.0.0.1:{server.port}")
+
+    assert r"speaks first, and says b'220 welcome\r\n'. Only a server that speaks when it is asked" in message
+
+
+def test_tls_on_one_side_only_is_one_clear_message() -> None:
+    def error(sock: Any) -> None:
+        sock.recv(1000)
+        sock.sendall(b"-ERR what?\r\n")
+
+    with Server(swallow) as silent, Server(error) as loud:
+        assert "does it speak TLS?" in refused(f"tcp://127.0.0.1:{silent.port}", *LINES, "--tls")
+        message = refused(f"tcp://127.0.0.1:{loud.port}", *LINES, "--tls")
+        assert "Does it speak TLS at that port? If not, leave --tls out." in message
+    with LineEchoServer(tls=Authority().server_context("localhost")) as server:
+        assert "give --tls." in refused(f"tcp://127.0.0.1:{server.port}")
 
 
 def test_a_server_that_breaks_off_is_one_clear_message() -> None:
