@@ -34,8 +34,8 @@ class Listener:
         """A pool with this listener is being made. Nothing of it is open."""
 
     def detached(self, pool: Any) -> None:
-        """The pool was closed, by hand or because nobody referred to it. `returned` and `closed` may still come: of what
-        is lent, and of what is being closed."""
+        """The pool was closed, by hand or because nobody referred to it. `returned` and `closed` may still come, of
+        what is lent or being closed."""
 
     def opened(self, pool: Any, connection: Any, seconds: float) -> None:
         """A dial has succeeded.

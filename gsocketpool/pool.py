@@ -250,9 +250,9 @@ class Pool(BlockingPool[C]):
         if not isinstance(borrower, gevent.Greenlet):
             return shown(borrower)
         run = getattr(borrower, "_run", None)
-        name = getattr(run, "__name__", None) or type(run).__name__
+        name = "" if borrower.dead else f": {getattr(run, '__name__', None) or type(run).__name__}"  # gevent forgets it
         given = vars(borrower).get("name")
-        return f"<{type(borrower).__name__}{f' {given!r}' if given else ''} at {id(borrower):#x}: {name}>"
+        return f"<{type(borrower).__name__}{f' {given!r}' if given else ''} at {id(borrower):#x}{name}>"
 
     def _when_over(self, borrower: object, callback: Callable[[object], None]) -> Callable[[], object] | None:
         if not isinstance(borrower, gevent.Greenlet):

@@ -1020,6 +1020,34 @@ def test_a_server_that_stops_answering_ends_the_run() -> None:
     )
 
 
+def test_a_server_that_bears_a_few_connections_only_is_not_gone() -> None:
+    """Larger pools get no reply at all; but it answers whoever asks alone."""
+    open_now = 0
+
+    def serve(sock: Any) -> None:
+        nonlocal open_now
+        open_now += 1
+        try:
+            while line := sock.recv(100):
+                if open_now <= 2:
+                    sock.sendall(line)
+        except OSError:
+            pass  # the pool has given up
+        finally:
+            open_now -= 1
+
+    with Server(serve) as server:
+        target = Target(Address("", "127.0.0.1", server.port), Request(b"ping\n", b"\n"), ["127.0.0.1"], timeout=0.3)
+        measuring = Run(target, Plan(most=8, greenlets=(8,), seconds=0.05, repeats=2), lambda: False)
+        steps = [step.size for step in measuring]
+    assert measuring.ended is None
+    failed = {sample.step.size for sample in measuring.samples if not sample.in_use}
+    assert failed <= {4, 8}
+    assert failed
+    assert {1, 2} <= {sample.step.size for sample in measuring.samples if sample.in_use}
+    assert len(steps) < 12, "no larger pool is tried again"
+
+
 def test_a_server_that_is_gone_after_the_first_contact_ends_the_run() -> None:
     def once(sock: Any) -> None:
         server._stop_accepting()

@@ -6,6 +6,7 @@ back, and begin again.
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import re
 import ssl
@@ -22,7 +23,7 @@ import gevent
 from gevent import socket
 from gevent.event import Event
 
-from gsocketpool.cli.sizing import Plan, Sample, Step, gone, merge
+from gsocketpool.cli.sizing import PATIENCE, Plan, Sample, Step, gone, merge
 from gsocketpool.connection import (
     EndOfStreamError,
     LimitExceededError,
@@ -315,6 +316,9 @@ def shorten(data: bytes) -> str:
 
 # Load
 
+#: Seconds that a server may take at most to see to what it was asked when every request had failed.
+MOST_PATIENCE: Final = 60.0
+
 
 class Run:
     """What a plan says, done step by step: iterate over it, once. It gives each step before that is done.
@@ -329,6 +333,7 @@ class Run:
         self._target, self._plan, self._stop = target, plan, stop
         self.samples: list[Sample] = []
         self.ended: str | None = None
+        self._too_large: int | None = None  # so many connections, with which each request failed, of a live server
 
     def __iter__(self) -> Iterator[Step]:
         self._ending = perf_counter() + self._plan.longest()
@@ -341,6 +346,8 @@ class Run:
             if perf_counter() > self._ending:
                 self.ended = "late"
                 return
+            if self._too_large is not None and step.size >= self._too_large:
+                continue
             yield step
             sample = measure(self._target, step, self._plan, self._stop)
             if self._stop():
@@ -348,8 +355,21 @@ class Run:
                 return
             self.samples.append(sample)
             if gone(self.samples):
-                self.ended = "gone"
-                return
+                if not self._still_answers():
+                    self.ended = "gone"
+                    return
+                self._too_large = min(sample.step.size for sample in self.samples[-PATIENCE:])
+
+    def _still_answers(self) -> bool:
+        """Whether it does if nobody else asks, and it has had the time for what it was asked before."""
+        asked = sum(sum(sample.errors.values()) for sample in self.samples[-PATIENCE:])
+        best = max(sample.rate for sample in self.samples)
+        patience = self._target.timeout + (min(asked / best, MOST_PATIENCE) if best else 0.0)
+        try:
+            first_contact(dataclasses.replace(self._target, timeout=patience))
+        except NoAnswerError:
+            return False
+        return True
 
 
 def measure(target: Target, step: Step, plan: Plan, stop: Callable[[], bool]) -> Sample:
