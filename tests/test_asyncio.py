@@ -1448,3 +1448,31 @@ def test_a_pool_is_neither_copied_nor_pickled_and_says_what_it_is() -> None:
             await pool.acquire()
 
     run(main)
+
+
+# A subclass's own
+
+
+@pytest.mark.parametrize("what_ends", ["the loop", "the task"])
+def test_g12_an_async_drop_expired_that_is_under_way_may_be_cancelled(what_ends: str) -> None:
+    class Slow(Pool[Plain]):
+        begun = 0
+        last: asyncio.Task[Any] | None = None
+
+        async def drop_expired(self) -> None:
+            self.begun += 1
+            self.last = asyncio.current_task()
+            await asyncio.sleep(BOUND)
+            await super().drop_expired()
+
+    async def main() -> None:
+        pool = Slow(Plain, reap_interval=0.02)
+        await pool.release(await pool.acquire())
+        await until(lambda: pool.begun == 1)
+        if what_ends == "the task":
+            assert pool.last is not None
+            pool.last.cancel()
+            await until(lambda: pool.begun == 2)  # it goes on reaping
+            await pool.close()
+
+    run(main)

@@ -9,6 +9,7 @@ import _socket
 import array
 import collections
 import copy
+import functools
 import json
 import pickle
 import time
@@ -741,6 +742,70 @@ def test_a_private_name_of_the_pools_own_is_refused_in_a_subclass(name: str) -> 
         type("Mine", (Pool,), {name: lambda self: None})
 
 
+@pytest.mark.parametrize("name", ["_drop", "_name_of", "take", "opened"])
+def test_what_a_base_class_brings_along_is_refused_by_the_name_of_that_class(name: str) -> None:
+    mixin = type("Mixin", (), {name: lambda self, *_: None})
+    with pytest.raises(TypeError, match=rf"^Mixin\.{name} would replace what the pool itself does: use another name$"):
+        type("Mine", (mixin, Pool), {})
+
+
+def test_a_pool_that_would_be_its_own_listener_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^Listener\.opened would replace what the pool itself does"):
+
+        class Mine(gsocketpool.Listener, Pool[TcpConnection]):  # type: ignore[misc]
+            pass
+
+
+def test_a_subclass_of_a_subclass_and_a_mixin_with_names_of_its_own_are_fine(server: LineEchoServer) -> None:
+    noted: list[str] = []
+
+    class Noting:
+        _noted = noted
+
+        def note(self, text: str) -> None:
+            self._noted.append(text)
+
+    class Mine(Pool[TcpConnection]):
+        def acquire(self, *args: Any, **options: Any) -> TcpConnection:
+            return super().acquire(*args, **options)
+
+        def _create_connection(self) -> TcpConnection:
+            return super()._create_connection()
+
+    class MyOwn(Noting, Mine):
+        def _create_connection(self) -> TcpConnection:
+            self.note("created")
+            return super()._create_connection()
+
+    with MyOwn(TcpConnection, options_for(server)) as pool, pool.connection(timeout=5):
+        assert noted == ["created"]
+
+
+def test_a_connection_that_answers_nothing_when_it_is_asked_whether_it_is_connected_is_not_lent() -> None:
+    class Client(Connection):
+        sock: object = None
+
+        def open(self) -> None:
+            self.sock = object()
+
+        def close(self) -> None:
+            self.sock = None
+
+        def is_connected(self) -> Any:
+            return self.sock  # true or not, as 0.1.6 took it
+
+    with Pool(Client, check_after_idle=0) as pool:
+        with pool.connection() as client:
+            pass
+        with pool.connection() as again:
+            assert again is client
+        client.close()
+        with pool.connection() as other:
+            assert other is not client
+            assert other.sock is not None
+        assert pool.stats().closed["stale"] == 1
+
+
 def test_a_subclass_as_geventconnpool_wanted_it_is_told_what_to_do() -> None:
     with pytest.raises(TypeError, match=r"Mine\._new_connection is geventconnpool's: .*wrap\(open"):
         type("Mine", (Pool,), {"_new_connection": lambda self: None})
@@ -757,6 +822,35 @@ def test_the_reaper_calls_the_drop_expired_of_a_subclass(server: LineEchoServer)
     with Noting(TcpConnection, {**options_for(server), "lifetime": 0}, reap_interval=0.02) as pool:
         with pool.connection():
             pass
+        assert reaped.wait(5)
+        assert pool.stats().closed["expired"] == 1
+
+
+def test_what_a_decorator_has_made_of_a_method_counts_as_the_subclass_own(server: LineEchoServer) -> None:
+    calls: list[str] = []
+    reaped = gevent.event.Event()
+
+    def traced(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)  # copies the name of the module, too
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(method.__name__)
+            outcome = method(*args, **options)
+            if method is Pool.drop_expired:
+                reaped.set()
+            return outcome
+
+        return call
+
+    class Traced(Pool[TcpConnection]):
+        acquire = traced(Pool.acquire)
+        release = traced(Pool.release)
+
+        drop_expired = traced(Pool.drop_expired)
+
+    with Traced(TcpConnection, {**options_for(server), "lifetime": 0}, reap_interval=0.02) as pool:
+        with pool.connection():
+            assert calls == ["acquire"]
+        assert calls == ["acquire", "release"]
         assert reaped.wait(5)
         assert pool.stats().closed["expired"] == 1
 

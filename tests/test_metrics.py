@@ -742,6 +742,7 @@ def test_a_pool_of_threads_is_shown_while_many_threads_use_it(server: EchoServer
             acquired = figures.of("gsocketpool_acquired_total", pool="threads")
         for worker in workers:
             worker.join()
+        wait_until(lambda: not pool.stats().opening)  # for somebody who was served before
         figures = prometheus.get()
         assert figures.of("gsocketpool_acquired_total", pool="threads") == threads * turns
         assert figures.of("gsocketpool_wait_seconds_count", pool="threads") == threads * turns
@@ -773,6 +774,7 @@ def test_a_pool_of_threads_and_a_reader_that_collects_meanwhile_do_not_wait_for_
             collected(reader)
         for worker in workers:
             worker.join()
+        wait_until(lambda: not pool.stats().opening)
         figures = collected(reader)
         assert figures.of("db.client.connection.use_time", **{POOL: "threads"}).count == threads * turns
         assert figures.of("gsocketpool.connection.acquired", **{POOL: "threads"}) == threads * turns
@@ -1249,3 +1251,127 @@ def test_a_loan_that_is_taken_back_since_the_check_failed_makes_no_total_fall(
             ask(pool)
             pool.clear()
             assert scraped(registry).of("gsocketpool_acquired_total", pool="shop") == expected
+
+
+# What an attack has found
+
+
+def test_what_a_pool_had_done_is_not_lost_with_it_though_nothing_of_it_was_open(
+    registry: CollectorRegistry, provider: MeterProvider, reader: InMemoryMetricReader
+) -> None:
+    def refuse() -> str:
+        raise ConnectionRefusedError("nobody there")
+
+    def use_up() -> weakref.ref[Any]:
+        pool = Pool(things, name="used up", max_uses=1, listeners=listeners)
+        for _ in range(7):
+            with pool.connection():
+                pass
+        wait_until(lambda: pool.total == 0)
+        return weakref.ref(pool)  # it is not closed
+
+    listeners = [Prometheus(registry), OpenTelemetry(provider)]
+    refused = Pool(wrap(refuse, close=print), name="refused", listeners=listeners)
+    for _ in range(3):
+        with pytest.raises(ConnectionRefusedError):
+            refused.acquire()
+    refused.close()
+    ref = weakref.ref(refused)
+    del refused
+    wait_until_gone(ref)
+    things = wrap(object, close=lambda _: None)
+    wait_until_gone(use_up())
+    gevent.sleep(0)
+    again = [Pool(things, name=name, listeners=listeners) for name in ("refused", "used up")]
+    figures, points = scraped(registry), collected(reader)
+    assert figures.of("gsocketpool_open_failures_total", pool="refused") == 3
+    assert figures.of("gsocketpool_acquired_total", pool="used up") == 7
+    assert figures.of("gsocketpool_closed_total", pool="used up", reason="expired") == 7
+    assert points.of("gsocketpool.connection.acquired", **{POOL: "used up"}) == 7
+    for pool in again:
+        pool.close()
+
+
+def test_what_an_endpoint_had_done_is_not_lost_when_it_is_forgotten(
+    server: EchoServer, registry: CollectorRegistry
+) -> None:
+    group = PoolGroup(
+        TcpConnection,
+        name="shards",
+        idle_timeout=0.02,
+        forget_after=0.02,
+        max_uses=1,
+        listeners=[Prometheus(registry)],
+    )
+    with group:
+        for times in range(1, 4):
+            with group.connection(**at(server)) as conn:
+                conn.send(b"hello\n")
+                conn.recv_until(b"\n")
+            name = f"shards 127.0.0.1:{server.port}"
+            wait_until(lambda: not group.pools)
+            with group.connection(**at(server)):
+                figures = scraped(registry)
+            assert figures.of("gsocketpool_acquired_total", pool=name) == 2 * times
+            wait_until(lambda: not group.pools)
+
+
+def test_odd_names_are_shown_and_spoil_no_scrape(
+    registry: CollectorRegistry, provider: MeterProvider, reader: InMemoryMetricReader
+) -> None:
+    listeners = [Prometheus(registry, histograms=True), OpenTelemetry(provider)]
+    things = wrap(object, close=lambda _: None)
+    names = {
+        "\udcff": "\\udcff",
+        'a"} 1\nevil 1\n': 'a"} 1\nevil 1\n',
+        "\\": "\\",
+        "a\rb\0": "a\rb\0",
+        "{é☃}": "{é☃}",
+        "long" * 1000: "long" * 1000,
+    }
+    pools = [Pool(things, name=name, listeners=listeners) for name in names]
+    for pool in pools:
+        with pool.connection():
+            pass
+    with PoolGroup(TcpConnection, listeners=listeners) as group:
+        kept = group.pool(path=b"/tmp/\xff.sock")
+        figures, points = scraped(registry), collected(reader)
+        assert points.pools == {*names.values(), "/tmp/\\udcff.sock"}
+        for name in names.values():
+            assert figures.of("gsocketpool_acquired_total", pool=name) == 1
+            assert figures.of("gsocketpool_wait_seconds_count", pool=name) == 1
+        assert figures.pools == points.pools
+        assert all(name.encode() for name in points.pools)
+        del kept
+    for pool in pools:
+        pool.close()
+
+
+def test_of_two_listeners_that_time_a_pool_for_one_registry_one_counts(
+    server: EchoServer, registry: CollectorRegistry
+) -> None:
+    listeners = [Prometheus(registry), *(Prometheus(registry, histograms=True) for _ in range(2))]
+    with Pool(TcpConnection, at(server), name="twice", listeners=listeners) as pool:
+        for _ in range(3):
+            ask(pool)
+        figures = scraped(registry)
+        for what, count in (("wait", 3), ("use", 3), ("dial", 1)):
+            assert figures.of(f"gsocketpool_{what}_seconds_count", pool="twice") == count
+        assert figures.of("gsocketpool_acquired_total", pool="twice") == 3
+
+
+def test_a_subclass_that_shows_only_some_pools_fails_for_none(server: EchoServer, registry: CollectorRegistry) -> None:
+    class Choosy(Prometheus):
+        def attached(self, pool: Any) -> None:
+            if "shown" in repr(pool):
+                super().attached(pool)
+
+    listener = Choosy(registry, histograms=True)
+    with (
+        Pool(TcpConnection, at(server), name="shown", listeners=[listener]) as shown,
+        Pool(TcpConnection, at(server), name="other", listeners=[listener]) as other,
+    ):
+        ask(shown)
+        ask(other)
+        assert scraped(registry).pools == {"shown"}
+        assert scraped(registry).of("gsocketpool_use_seconds_count", pool="shown") == 1

@@ -26,6 +26,7 @@ from gsocketpool.poller import Poller
 from gsocketpool.threading import (
     Budget,
     Connection,
+    Listener,
     Pool,
     PoolClosedError,
     PoolError,
@@ -564,6 +565,69 @@ def test_what_a_thread_had_borrowed_is_taken_back_when_it_has_ended(logged: Any)
     assert pool.in_use == 1
     pool.release(mine)
     pool.close(BOUND)
+
+
+# What a listener hears, and what is shown
+
+
+def test_a_listener_that_ends_its_thread_at_a_leak_does_not_end_the_upkeep(logged: Any) -> None:
+    leaks: list[object] = []
+
+    class Leaving(Listener):
+        def leaked(self, pool: Any, holder: Any) -> None:
+            leaks.append(holder.connection)
+            sys.exit(3)
+
+    with Pool(Plain, max_connections=3, leak_threshold=0.02, min_idle=1, listeners=[Leaving()]) as pool:
+        for count in (1, 2):
+            pool.acquire(timeout=BOUND)
+            eventually(lambda count=count: len(leaks) == count)  # type: ignore[misc]
+        eventually(lambda: pool.idle == 1)
+        for holder in pool.holders():
+            pool.release(holder.connection)
+        logged.take(4)  # of each that it leaked, and that it came back
+
+
+def test_a_thread_whose_repr_fails_is_shown_all_the_same() -> None:
+    class Odd(Thread):
+        def __repr__(self) -> str:
+            raise ValueError("no repr")
+
+    def borrow() -> None:
+        with pool.connection(timeout=BOUND):
+            done.wait(BOUND)
+
+    done = threading.Event()
+    with Pool(Plain, max_connections=1, leak_threshold=BOUND) as pool:
+        holder = Odd(borrow)
+        eventually(lambda: pool.in_use == 1)
+        waiter = Odd(borrow)
+        eventually(lambda: pool.waiting == 1)
+        for text in (pool.debug(), gsocketpool.debug()):
+            assert f"<Odd at {id(holder):#x}>, borrowed in " in text
+            assert f"<Odd at {id(waiter):#x}> for " in text
+        with pytest.raises(PoolExhaustedError, match=rf"<Odd at {id(holder):#x}> has held one"):
+            pool.acquire(timeout=0)
+        done.set()
+        holder.end()
+        waiter.end()
+
+
+def test_all_pools_can_be_shown_while_other_threads_make_and_lose_some(hasty: None) -> None:
+    def churn() -> None:
+        for _ in range(40):
+            some = [Pool(Plain, reap_expired_connections=False, check_after_idle=None) for _ in range(10)]
+            for pool in some:
+                pool.close()
+
+    with Pool(Plain, name="one that stays"):
+        churning = [Thread(churn) for _ in range(2)]
+        looks = 0
+        while any(thread.is_alive() for thread in churning) or not looks:
+            assert "Pool 'one that stays'" in gsocketpool.debug()
+            looks += 1
+        for thread in churning:
+            thread.end()
 
 
 # Interrupts

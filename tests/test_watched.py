@@ -17,6 +17,7 @@ import greenlet
 import pytest
 from gevent.event import Event
 
+import gsocketpool
 from gsocketpool import Pool, PoolClosedError, PoolExhaustedError, TcpConnection
 from gsocketpool.loans import Loan
 from tests.conftest import Crashed, Logged
@@ -1100,3 +1101,95 @@ def test_a_paused_pool_is_no_deadlock(server: LineEchoServer) -> None:
         assert "paused" in text
         assert "; a deadlock:" not in text
         pool.resume()
+
+
+# The picture
+
+
+SECRET = "not for the log"
+
+
+def test_what_a_greenlet_was_given_is_shown_nowhere(server: LineEchoServer, logged: Logged) -> None:
+    def login(password: str, may_end: Event, returns: bool) -> None:
+        line = pool.acquire(timeout=BOUND)
+        assert may_end.wait(BOUND)
+        if returns:
+            pool.release(line)
+
+    def told(text: str) -> bool:
+        return ": login>" in text and SECRET not in text
+
+    with line_pool(server, max_connections=2, **WATCHED) as pool:
+        may_end = Event()
+        tasks = [gevent.spawn(login, SECRET, may_end, returns) for returns in (True, False)]
+        tasks[0].name = "who logs in"
+        waiting = gevent.spawn(login, SECRET, may_end, True)
+        wait_for(lambda: (pool.in_use, pool.waiting) == (2, 1))
+        picture = pool.debug()
+        assert picture.count(": login>") == 3
+        assert "<Greenlet 'who logs in' at 0x" in picture
+        assert told(picture)
+        assert told(str(exhausted(pool, 0)))
+        report_at(pool, 2000)
+        may_end.set()
+        gevent.joinall([*tasks, waiting], BOUND)
+        texts = [record.getMessage() for record in logged.take(4)]
+        assert not any(SECRET in text for text in texts)
+        assert [told(text) for text in texts if "longer than leak_threshold" in text] == [True, True]
+        assert [told(text) for text in texts if "came back after" in text] == [True]
+        assert sum("ended without releasing" in text for text in texts) == 1
+        wait_for(lambda: pool.in_use == 0)
+
+
+def test_a_greenlet_whose_repr_fails_is_shown_and_named_all_the_same(server: LineEchoServer) -> None:
+    class Odd(gevent.Greenlet):  # type: ignore[type-arg]
+        def __repr__(self) -> str:
+            raise ValueError("no repr")
+
+        def _run(self) -> None:
+            with pool.connection(timeout=BOUND):
+                assert may_end.wait(BOUND)
+
+    class OddArgument:
+        __repr__ = Odd.__repr__
+
+    def work(_: object) -> None:
+        Odd._run(holder)
+
+    with line_pool(server, max_connections=1, **NOTED) as pool:
+        may_end = Event()
+        holder = Odd()
+        holder.start()
+        wait_for(lambda: pool.in_use == 1)
+        waiter = gevent.spawn(work, OddArgument())
+        wait_for(lambda: pool.waiting == 1)
+        for text in (pool.debug(), gsocketpool.debug()):
+            assert f"<Odd at {id_in(holder)}: " in text
+            assert f"<Greenlet at {id_in(waiter)}: work> for " in text
+        assert f"<Odd at {id_in(holder)}: " in str(exhausted(pool, 0))
+        may_end.set()
+        for task in (holder, waiter):
+            task.get(timeout=BOUND)
+
+
+def test_others_may_come_while_the_picture_is_drawn(server: LineEchoServer) -> None:
+    class Raw(greenlet.greenlet):
+        def __repr__(self) -> str:
+            waiters.append(gevent.spawn(borrow_once))
+            wait_for(lambda: pool.waiting > len(waiters))
+            return "<somebody who lets another one come>"
+
+    def borrow_once() -> None:
+        with pool.connection(timeout=BOUND):
+            pass
+
+    waiters: list[Any] = []
+    with line_pool(server, max_connections=1) as pool:
+        with pool.connection():
+            hub = gevent.get_hub()
+            hub.loop.run_callback(Raw(borrow_once, hub).switch)
+            wait_for(lambda: pool.waiting == 1)
+            assert "    <somebody who lets another one come>\n" in pool.debug()
+            assert len(waiters) == 1
+        gevent.joinall(waiters, BOUND, raise_error=True)
+        assert pool.stats().acquired == 3

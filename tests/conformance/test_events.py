@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from .harness import BOUND, Runtime, do, within
-from .kinds import Script, Scripted
+from .kinds import Line, Script, Scripted, line_pool
+from .server import EchoServer
 
 
 class Heard:
@@ -307,3 +308,64 @@ async def test_the_picture_of_a_closed_or_paused_pool_says_so(rt: Runtime) -> No
     assert pool.debug().startswith("Pool 'halted', PAUSED: 0 in use")
     await do(pool.close())
     assert pool.debug().startswith("Pool 'halted', CLOSED, PAUSED: 0 in use")
+
+
+async def test_the_picture_is_drawn_though_what_is_in_it_cannot_be_shown(rt: Runtime) -> None:
+    class Unspeakable(OSError):
+        def __repr__(self) -> str:
+            raise ValueError("no repr")
+
+    errors = [OSError("much" * 1000), Unspeakable()]
+
+    async def fail_at_first(_: Any) -> None:
+        if errors:
+            raise errors.pop()
+
+    pool = Script(on_open=fail_at_first).pool(rt, max_connections=1, name="odd")
+    for shown in ("<Unspeakable at 0x", "OSError('muchmuch"):
+        with pytest.raises(OSError):
+            await do(pool.acquire(timeout=BOUND))
+        with pytest.raises(rt.api.PoolExhaustedError, match=re.escape(shown)):
+            await do(pool.acquire(timeout=0))
+        assert rt.api.debug()
+        for text in (pool.debug(), rt.api.debug(pool)):
+            [said] = [line for line in text.splitlines() if "in a row" in line]
+            assert shown in said
+            assert len(said) < 400
+
+
+async def test_the_picture_is_drawn_though_a_connection_does_not_know_its_descriptor(
+    rt: Runtime, server: EchoServer
+) -> None:
+    class Odd(Line):
+        def fileno(self) -> int:
+            raise LookupError("no such thing")
+
+    pool = line_pool(rt, server, Odd, name="odd")
+    async with within(pool.connection(timeout=BOUND)):
+        assert re.search(r"^    <Odd at 0x[0-9a-f]+>", pool.debug(), re.MULTILINE)
+
+
+async def test_a_pool_whose_picture_fails_hides_no_other(rt: Runtime) -> None:
+    class Shy(rt.api.Pool):  # type: ignore[misc, name-defined]
+        def debug(self) -> str:
+            raise LookupError("not today")
+
+    shy = rt.made_by(Shy, *Script().kind, name="shy")
+    pool = Script().pool(rt, name="other")
+    text = rt.api.debug()
+    assert pool.debug() in text
+    assert "Shy 'shy': no picture of it could be made: LookupError('not today')" in text
+    await do(shy.close())
+
+
+async def test_a_pool_that_is_half_made_has_a_picture(rt: Runtime) -> None:
+    texts: list[str] = []
+
+    class Early(rt.api.Pool):  # type: ignore[misc, name-defined]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            texts.append(self.debug())
+            super().__init__(*args, **options)
+
+    rt.made_by(Early, *Script().kind)
+    assert texts == ["<Early that was refused>"]
