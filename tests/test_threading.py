@@ -595,12 +595,13 @@ def test_a_thread_whose_repr_fails_is_shown_all_the_same() -> None:
 
     def borrow() -> None:
         with pool.connection(timeout=BOUND):
+            begun.set()
             done.wait(BOUND)
 
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
     with Pool(Plain, max_connections=1, leak_threshold=BOUND) as pool:
         holder = Odd(borrow)
-        eventually(lambda: pool.in_use == 1)
+        assert begun.wait(BOUND)
         waiter = Odd(borrow)
         eventually(lambda: pool.waiting == 1)
         for text in (pool.debug(), gsocketpool.debug()):
