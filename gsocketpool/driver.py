@@ -838,7 +838,7 @@ class Driver(Core[C]):
         if rests and not known:  # else it is one of several side by side
             text = f"a dial for min_idle={self._min_idle} failed; the next one in {rest:.2f} s"
             self._report(text, problem, trace=self._setbacks == 1)
-        elif place is not None and waiter is None and self._strikes <= 1 and not self._closed:
+        elif place is not None and waiter is None and self._strikes <= 1:
             # Once, as long as no dial succeeds: while a server is down there may be very many.
             self._report("a dial failed that nobody waits for any more", problem)
 
