@@ -82,6 +82,7 @@ class Descriptors:
         self._rt = rt
 
     async def __aenter__(self) -> None:
+        await self._rt.sleep(0)  # a hub is made when it is first needed, and kept
         self._before = descriptors()
 
     async def __aexit__(self, *error: object) -> None:
