@@ -321,6 +321,6 @@ def test_g1_g2_g3_g4_a_kill_at_any_switch_point_costs_nobody_else_anything(
         except BaseException as error:
             raise AssertionError(f"{name}: {thrown} at switch point {point} of {count.points}, {when}") from error
         strikes += knife.struck
-    # Under TLS a part of the handshake may be there before it is waited for, and then there is one point less.
-    assert strikes == count.points or (name in TLS_SCENARIOS and strikes > 0)
+    # On a busy machine a reply may be there before it is waited for, and under TLS parts of the handshake.
+    assert strikes >= max(1, count.points - 1) or (name in TLS_SCENARIOS and strikes > 0)
     assert len(logged.take()) <= strikes  # G12: a dial or a close that was killed is logged once
