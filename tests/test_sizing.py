@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -659,26 +660,21 @@ def assert_machines_can_read_it(found: dict[str, Any]) -> None:
         "seconds": 0.22,
         "repeats": 3,
         "requests": 100_000,
-        "timeout": 5.0,
+        "timeout": 20.0,
         "seed": 1961,
     }
+    assert {point["size"] for point in found["points"]} >= {1, 2, 4, 8}
     for point in found["points"]:
         assert list(point) == [
             *("size", "greenlets", "rates", "requests", "fewest", "in_use", "in_use_p50", "in_use_p99"),
             *("wait", "wait_p50", "wait_p99", "errors", "busy", "lent", "rate", "spread", "failing"),
         ]
         assert point["errors"] == {}
-        assert 0.01 <= point["in_use_p50"] <= point["in_use_p99"]
-        assert 0 <= point["wait_p50"] <= point["wait_p99"]
         assert point["requests"] > 0
-        assert 0 < point["lent"] <= point["size"]
-        assert 0 <= point["busy"] <= 1
     assert set(found["verdict"]) >= {"kind", "greenlets", "knee", "recommended", "best", "needed", "agrees", "failing"}
-    assert "Recommended: max_connections=" in " ".join(found["words"])
-    assert "Little's law" in " ".join(found["check"])
 
 
-def assert_people_can_read_it(picture: Path, knee: int) -> None:
+def assert_people_can_read_it(picture: Path, knee: int | None) -> None:
     root = ElementTree.parse(picture).getroot()
     texts = {flat("".join(each.itertext())) for each in root.iter("{http://www.w3.org/2000/svg}text")}
 
@@ -693,33 +689,71 @@ def assert_people_can_read_it(picture: Path, knee: int) -> None:
         "wait for a connection, p99",
         "latency of the server, p50",
         "latency of the server, p99",
-        f"knee: {knee}",
     }
+    assert [text for text in texts if text.startswith("knee")] == ([f"knee: {knee}"] if knee else [])
     assert texts >= {"1", "2", "8"}
 
 
-def test_the_knee_of_two_workers_is_found_and_drawn(tmp_path: Path) -> None:
-    # Their 15 ms are long beside what a machine with much else to do keeps a process waiting: as much again would move
-    # the knee to four connections. More greenlets than the largest pool would only take longer to warm up.
+TWO_WORKERS = ("--max", "8", "--greenlets", "8", "--workers", "2", "--service", "0.015", "--timeout", "20")
+
+
+def test_what_two_workers_give_is_measured_told_and_drawn(tmp_path: Path) -> None:
     picture = tmp_path / "sizing.svg"
-    sizes = ("--max", "8", "--greenlets", "8", "--seconds", "0.22", "--workers", "2", "--service", "0.015")
-    ended = run(*sizes, "--json", "--picture", str(picture))
+    ended = run(*TWO_WORKERS, "--seconds", "0.22", "--json", "--picture", str(picture))
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
-    verdict = found["verdict"]
 
-    assert verdict["kind"] == "knee", found
-    assert 2 <= verdict["knee"] <= 5
-    assert verdict["recommended"] == verdict["knee"]
-    assert 1 <= verdict["needed"] <= 5
-    assert {point["size"] for point in found["points"]} >= {1, 2, 4, 8}
     assert_machines_can_read_it(found)
-    assert_people_can_read_it(picture, verdict["knee"])
+    # However slow the machine is, they are no faster than they can be, and what is said is what was measured.
+    for point in found["points"]:
+        assert 0.014 <= point["in_use_p50"] <= point["in_use_p99"]
+        assert 0 <= point["wait_p50"] <= point["wait_p99"]
+        assert 0 < point["lent"] <= point["size"]
+        assert 0 <= point["busy"] <= 1
+        # Replies to each connection may have come shortly before, and be read only now.
+        assert max(point["rates"]) * 0.22 <= 2 * (0.22 / 0.014 + 1) + point["size"]
+    figures = {field.name for field in dataclasses.fields(Point)}
+    points = [Point(**{name: point[name] for name in point if name in figures}) for point in found["points"]]
+    verdict = judge(points, 8)
+    assert (found["verdict"]["kind"], found["verdict"]["knee"]) == (verdict.kind, verdict.knee)
+    assert found["verdict"]["recommended"] == verdict.knee
+    assert found["words"] == words(verdict, Plan(most=8, greenlets=(8,), seconds=0.22, timeout=20))
+    assert found["check"] == check_words(verdict, points)
+    assert_people_can_read_it(picture, verdict.knee)
     # How it goes is told to people.
     assert "a practice server of 2 workers, 15 ms a request" in flat(ended.stderr)
     assert re.search(r"done in \d+ s at the latest \(seed 1961\)", flat(ended.stderr))
     assert "50 % of the steps are done" in ended.stderr
     assert f"The picture is in {picture}." in ended.stderr
+
+
+#: Their figures if nothing disturbs them: whoever has a connection is served by one of the two, or queues for one.
+UNDISTURBED = """
+from gsocketpool.cli import load
+
+def measure(target, step, plan, stop):
+    rate = min(step.size, 2) / 0.015
+    in_use = max(step.size, 2) / 2 * 0.015
+    count = int(rate * plan.seconds)
+    waits = [step.greenlets / rate - in_use] * count
+    return load.Sample(step, plan.seconds, [in_use] * count, waits, busy=0.1, lent=step.size)
+
+load.measure = measure
+"""
+
+
+def test_their_knee_is_recommended_and_drawn_where_nothing_disturbs_them(tmp_path: Path) -> None:
+    picture = tmp_path / "sizing.svg"
+    ended = run(*TWO_WORKERS, "--seconds", "3", "--json", "--picture", str(picture), before=UNDISTURBED)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    verdict = found["verdict"]
+
+    assert (verdict["kind"], verdict["knee"], verdict["recommended"], verdict["agrees"]) == ("knee", 2, 2, True)
+    assert verdict["needed"] == pytest.approx(2)
+    assert "Recommended: max_connections=2" in " ".join(found["words"])
+    assert "Little's law: 133 requests a second x 15.00 ms in use" in " ".join(found["check"])
+    assert_people_can_read_it(picture, 2)
 
 
 def test_people_get_a_table_for_each_number_of_greenlets_and_a_picture(tmp_path: Path) -> None:

@@ -468,7 +468,7 @@ def smtp_idle() -> None:
 def smtp_keepalive() -> None:
     """The test's server counts the NOOPs."""
     other = smtp.dial(HOST, port, "app", "s3cret", context())
-    with smtp_pool(keepalive=0.1) as pool:
+    with smtp_pool(keepalive=0.1, max_connections=1) as pool:
         smtp.send(pool, mail("a"))
         until(lambda: int(other.vrfy("noops")[1]) >= 3)
         smtp.send(pool, mail("b"))
@@ -606,7 +606,7 @@ def thrift_keepalive() -> None:
     """The test's server counts the pings."""
     other = thrift.StockClient(HOST, port)
     other.open()
-    with stock_pool(keepalive=0.1) as pool:
+    with stock_pool(keepalive=0.1, max_connections=1) as pool:
         assert thrift.call(pool, "count", "has") == 3
         until(lambda: other.count("pings") >= 3)
         thrift.call(pool, "ping")
