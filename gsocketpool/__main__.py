@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import gevent
+
 try:
     from gsocketpool.cli.main import main
 except ModuleNotFoundError as error:
@@ -16,4 +18,7 @@ except ModuleNotFoundError as error:
     )
 
 if __name__ == "__main__":
+    # Ctrl-C while the hub runs: click says "Aborted!", and the hub need not say more.
+    hub = gevent.get_hub()
+    hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)
     main(prog_name="python -m gsocketpool")

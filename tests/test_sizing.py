@@ -23,6 +23,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from gevent import subprocess
+from gevent.event import Event
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -822,6 +823,32 @@ def test_ctrl_c_shows_what_there_is_and_leaves_no_server() -> None:
     assert re.search(r"Ended early, after \d+ of at most 42 steps and \d+ s: Ctrl-C was pressed\.", flat(output))
     assert "Little's law" not in output
     assert not server.is_running()
+
+
+def test_ctrl_c_before_anything_is_measured_is_told_in_a_word() -> None:
+    asked = Event()
+
+    def hear(sock: Any) -> None:
+        sock.recv(100)
+        asked.set()
+        swallow(sock)
+
+    with (
+        Server(hear) as server,
+        subprocess.Popen(
+            command(f"tcp://127.0.0.1:{server.port}", *LINES),
+            cwd=ROOT,
+            env={k: v for k, v in environment().items() if not k.startswith("COV")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        assert asked.wait(20)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+
+    assert (process.returncode, output, errors.strip()) == (1, "", "Aborted!")
 
 
 def test_the_practice_server_ends_with_who_started_it() -> None:
