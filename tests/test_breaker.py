@@ -1501,7 +1501,7 @@ def test_one_endpoint_that_hangs_takes_nothing_from_the_others(server: LineEchoS
         BlackHole() as hole,
         PoolGroup(TcpConnection, max_connections=4, max_total=8, backoff=LONG, breaker=2, min_idle=0) as group,
     ):
-        dead = group.pool(host=hole.host, port=hole.port, connect_timeout=0.3)
+        dead = group.pool(host=hole.host, port=hole.port, connect_timeout=1)
         hanging = [Attempt(dead.acquire, timeout=None) for _ in range(20)]
         assert dead.stats().opening == 2  # a quarter of max_total
         served = 0

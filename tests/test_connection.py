@@ -8,6 +8,7 @@ import errno
 import gc
 import logging
 import os
+import re
 import random
 import socket as std_socket
 import tempfile
@@ -655,7 +656,7 @@ def test_the_next_address_is_tried_when_one_refuses() -> None:
 
 def test_an_address_that_never_answers_leaves_time_for_the_next() -> None:
     with BlackHole() as hole, EchoServer() as server:
-        conn = TcpConnection("name.test", server.port, connect_timeout=0.4)
+        conn = TcpConnection("name.test", server.port, connect_timeout=1.5)
         look_up(conn, (hole.host, hole.port), (hole.host, hole.port), (server.host, server.port))
         conn.open()
         assert conn.socket.getpeername() == (server.host, server.port)
@@ -664,14 +665,13 @@ def test_an_address_that_never_answers_leaves_time_for_the_next() -> None:
 
 def test_if_all_addresses_fail_the_error_names_each_and_leaks_nothing() -> None:
     with BlackHole() as hole:
-        conn = TcpConnection("name.test", 80, connect_timeout=0.2)
+        conn = TcpConnection("name.test", 80, connect_timeout=1)
         look_up(conn, (hole.host, hole.port), ("::1", refused_port("::1"), 0, 0))
         before = descriptors()
         with pytest.raises(ConnectionRefusedError) as caught:
             conn.open()
-        assert "cannot connect to name.test:80 (127.0.0.1: no answer in 0.10 s; ::1: Connection refused)" in str(
-            caught.value
-        )
+        wanted = r"cannot connect to name\.test:80 \(127\.0\.0\.1: no answer in 0\.\d+ s; ::1: Connection refused\)"
+        assert re.search(wanted, str(caught.value)), caught.value
         cause = caught.value.__cause__
         assert isinstance(cause, ConnectionRefusedError)
         assert isinstance(cause.__context__, TimeoutError)

@@ -388,7 +388,7 @@ async def test_a_connect_that_nobody_answers_times_out_and_leaks_nothing(rt: Run
 
 async def test_an_address_that_never_answers_leaves_time_for_the_next(rt: Runtime) -> None:
     with Hole() as hole, Host(echo) as server:
-        conn = rt.api.TcpConnection("name.test", server.port, connect_timeout=0.4)
+        conn = rt.api.TcpConnection("name.test", server.port, connect_timeout=1.5)
         look_up(rt, conn, (hole.host, hole.port), ("::1", refused_port("::1"), 0, 0), (server.host, server.port))
         await do(conn.open())
         assert conn.socket.getpeername() == (server.host, server.port)
@@ -397,13 +397,13 @@ async def test_an_address_that_never_answers_leaves_time_for_the_next(rt: Runtim
 
 async def test_if_all_addresses_fail_the_error_names_each_and_leaks_nothing(rt: Runtime) -> None:
     with Hole() as hole:
-        conn = rt.api.TcpConnection("name.test", 80, connect_timeout=0.2)
+        conn = rt.api.TcpConnection("name.test", 80, connect_timeout=1)
         look_up(rt, conn, (hole.host, hole.port), ("::1", refused_port("::1"), 0, 0))
         async with Descriptors(rt):
             with pytest.raises(ConnectionRefusedError) as caught:
                 await do(conn.open())
         wanted = (
-            r"cannot connect to name\.test:80 \(127\.0\.0\.1: no answer in 0\.10 s; ::1: (Connection|ECONN) ?refused\)"
+            r"cannot connect to name\.test:80 \(127\.0\.0\.1: no answer in 0\.\d+ s; ::1: (Connection|ECONN) ?refused\)"
         )
         assert re.search(wanted, str(caught.value), re.IGNORECASE), caught.value
         assert isinstance(caught.value.__cause__, ConnectionRefusedError)
@@ -851,9 +851,9 @@ async def test_a_handshake_that_takes_too_long_times_out_and_leaks_nothing(
     rt: Runtime, certificates: Certificates, act: Handler
 ) -> None:
     with Host(act) as server:
-        conn = tcp(rt, server, tls=certificates.client(), connect_timeout=0.15)
+        conn = tcp(rt, server, tls=certificates.client(), connect_timeout=0.5)
         async with Descriptors(rt):
-            with pytest.raises(TimeoutError, match=r"within 0\.15 s \(127\.0\.0\.1: connected, and the TLS hand"):
+            with pytest.raises(TimeoutError, match=r"within 0\.5 s \(127\.0\.0\.1: connected, and the TLS hand"):
                 await do(conn.open())
         assert not conn.is_connected()
 
@@ -1043,8 +1043,8 @@ async def test_a_start_tls_that_nobody_answers_times_out_and_closes_the_connecti
 ) -> None:
     with Host(swallow) as server:
         async with Descriptors(rt):
-            conn = await opened(rt, server, connect_timeout=0.1)
-            with pytest.raises(TimeoutError, match=rf"no TLS with 127\.0\.0\.1:{server.port} within 0\.1 s"):
+            conn = await opened(rt, server, connect_timeout=0.5)
+            with pytest.raises(TimeoutError, match=rf"no TLS with 127\.0\.0\.1:{server.port} within 0\.5 s"):
                 await do(conn.start_tls(certificates.client()))
             assert not conn.is_connected()
 
