@@ -8,8 +8,8 @@ import errno
 import gc
 import logging
 import os
-import re
 import random
+import re
 import socket as std_socket
 import tempfile
 import time
