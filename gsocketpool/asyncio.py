@@ -41,6 +41,7 @@ from gsocketpool.exceptions import (
 from gsocketpool.group import Endpoint as GroupEndpoint
 from gsocketpool.group import Group
 from gsocketpool.loans import outwards
+from gsocketpool.patience import Patience
 from gsocketpool.retrying import for_asyncio as retry
 from gsocketpool.stats import GroupStats, Holder, PoolStats
 from gsocketpool.streams import Connection, StreamConnection, TcpConnection, UnixConnection
@@ -191,7 +192,7 @@ class Pool(_Async, Driver[C]):
 
     _runtime = "gsocketpool.asyncio"
 
-    __slots__ = ("__dict__", "_context", "_jobs", "_loop", "_outside", "_process", "_spare", "_thread")
+    __slots__ = ("__dict__", "_context", "_jobs", "_loop", "_outside", "_patience", "_process", "_spare", "_thread")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -357,11 +358,12 @@ class Pool(_Async, Driver[C]):
         self._context = contextvars.copy_context()
         self._jobs: set[Job] = set()
         self._spare = spares_of(self._loop)
+        self._patience = Patience(self._ref)
 
     async def _borrow(
         self, holder: object, retry: int, retried: int, timeout: float | EllipsisType | None
     ) -> Member[C]:
-        wait = False
+        usual = wait = False
         if self._brimful and self._undialled and self._loop is get_running_loop():
             usual = timeout is ... and retry == 10 and retried == 0
             limit, lenient, wait = self._usual_limit if usual else self._limit(retry, retried, timeout)
@@ -371,8 +373,13 @@ class Pool(_Async, Driver[C]):
         started = monotonic()
         place: Any = self.take(True)  # others wait, so this is a place behind them
         waiter = place.waiter = self._loop.create_future()
-        timer = None if limit is None else self._loop.call_later(limit, expire, waiter)
+        timer = None
         try:
+            if limit is not None:
+                if usual:
+                    self._patience.enter(place, started + limit)
+                else:
+                    timer = self._loop.call_later(limit, expire, waiter)
             await waiter
         except BaseException:
             self._leave(place)
@@ -381,6 +388,8 @@ class Pool(_Async, Driver[C]):
             place.waiter = None
             if timer is not None:
                 timer.cancel()
+            elif usual:
+                self._patience.leave()
         member: Member[C] | None = place.member
         if member is not None and not member.cold:
             member.holder = holder
@@ -412,6 +421,9 @@ class Pool(_Async, Driver[C]):
 
     def _park(self, place: Place[C], limit: float | None) -> None:
         stand(self._loop, place, limit)
+
+    def _set_timer(self, limit: float, callback: Callable[[], object]) -> Callable[[], object]:
+        return self._loop.call_later(limit, callback, context=self._context).cancel
 
     def _wake(self, place: Place[C]) -> None:
         waiter, place.waiter = place.waiter, None

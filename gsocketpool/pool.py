@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable
-from time import monotonic
 from typing import Any, Final, TypeVar
 
 import gevent
@@ -17,6 +15,7 @@ from gsocketpool.core import Member, Place
 from gsocketpool.exceptions import ConnectionNotFoundError, PoolClosedError, PoolError, PoolExhaustedError
 from gsocketpool.group import Endpoint as GroupEndpoint
 from gsocketpool.operations import shown
+from gsocketpool.patience import Patience
 from gsocketpool.upkeep import stirred
 
 __all__ = ["ConnectionNotFoundError", "Pool", "PoolClosedError", "PoolError", "PoolExhaustedError", "PoolGroup"]
@@ -112,7 +111,7 @@ class Pool(BlockingPool[C]):
 
     _runtime = "gsocketpool"
 
-    __slots__ = ("__dict__", "_alarm", "_crowd", "_home", "_hub", "_patient", "_run_callback", "_timer")
+    __slots__ = ("__dict__", "_home", "_hub", "_patience", "_run_callback", "_timer")
 
     @classmethod
     def _home_is(cls) -> object:
@@ -125,71 +124,43 @@ class Pool(BlockingPool[C]):
         self._home = get_ident()
         if self._budget is not None and self._budget.settles_in(self._home) != self._home:
             raise PoolError("this budget serves pools of another thread: make one in each thread")
-        self._patient: deque[Place[C]] = deque()  # parked until their deadlines, which are in this order
-        self._crowd = 16  # as many may stand among them who have left, and so many more as do stand there
-        self._alarm: Any = None  # goes off when the first of them is due, or earlier; set while there is one
+        self._patience = Patience(self._ref)
 
     def _park(self, place: Place[C], limit: float | None) -> None:
         hub = get_hub()
         if hub is not self._hub:
             raise self._not_at_home()
         place.waiter = switch = getcurrent().switch
-        timer = None
-        if limit is not None:
-            timer = self._timer(max(limit, SHORTEST_WAIT))
-            timer.start(switch)
+        stop = None if limit is None else self._set_timer(limit, switch)
         try:
             hub.switch()
         finally:
-            if timer is not None:
-                timer.close()
+            if stop is not None:
+                stop()
             place.waiter = None
             if place.waking is not None:
                 place.waking.stop()  # if it is done, that is nothing
 
     def _park_until(self, place: Place[C], deadline: float) -> None:
-        # One timer for all who stand here, since a timer for each would be a tenth of what a hand-off costs.
         hub = get_hub()
         if hub is not self._hub:
             raise self._not_at_home()
-        place.deadline = deadline
-        patient = self._patient
-        patient.append(place)
-        if self._alarm is None:
-            self._set_alarm()
         place.waiter = getcurrent().switch
         try:
+            self._patience.enter(place, deadline)
             hub.switch()
         except BaseException:
-            place.waiter = None
             if place.waking is not None:
                 place.waking.stop()
-            if len(patient) > self._crowd:  # else those who leave would pile up behind the first
-                live = [each for each in patient if each.waiter is not None]
-                patient.clear()
-                patient.extend(live)
-                self._crowd = 2 * len(live) + 16
             raise
         finally:
             place.waiter = None
-            while patient and patient[0].waiter is None:
-                patient.popleft()
-            if not patient and self._alarm is not None:
-                self._alarm.close()
-                self._alarm = None
+            self._patience.leave()
 
-    def _set_alarm(self) -> None:
-        self._alarm = self._timer(max(self._patient[0].deadline - monotonic(), SHORTEST_WAIT))
-        self._alarm.start(self._ring)
-
-    def _ring(self) -> None:
-        self._alarm.close()
-        self._alarm = None
-        now = monotonic()
-        while self._patient and (self._patient[0].waiter is None or self._patient[0].deadline <= now):
-            self._wake(self._patient.popleft())
-        if self._patient:
-            self._set_alarm()
+    def _set_timer(self, limit: float, callback: Callable[[], object]) -> Callable[[], object]:
+        timer = self._timer(max(limit, SHORTEST_WAIT))
+        timer.start(callback)
+        return timer.close
 
     def _not_at_home(self) -> PoolError:
         return PoolError(

@@ -295,7 +295,7 @@ def run(knife: Knife, name: str) -> None:
         else:
             world.borrow(timeout=BOUND)
         assert pool.faults() == []
-        assert (len(pool._patient), pool._alarm) == (0, None)
+        assert (len(pool._patience), pool._patience._stop) == (0, None)
         assert server.most <= CAP, f"the server saw {server.most} sockets, the cap is {CAP}"
         pool.close()
         server.wait_open(0)

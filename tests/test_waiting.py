@@ -53,7 +53,7 @@ def test_everybody_s_time_is_his_own() -> None:
         assert all(isinstance(waiter.value, PoolExhaustedError) for waiter in queue)
         assert min(waiter.get().waited for waiter in queue) >= 0.15
         assert [waiter.get().stats.waiting for waiter in queue] == [4, 3, 2, 1, 0]  # in the order of their coming
-        assert (len(pool._patient), pool._alarm, pool.faults()) == (0, None, [])
+        assert (len(pool._patience), pool._patience._stop, pool.faults()) == (0, None, [])
         give_back(pool, held)
 
 
@@ -99,7 +99,7 @@ def test_a_thousand_wait_by_one_timer_and_then_there_is_none() -> None:
         for waiter in queue:
             join([waiter])
             give_back(pool, [waiter.get()])
-        assert (len(pool._patient), pool._alarm, timers()) == (0, None, before)
+        assert (len(pool._patience), pool._patience._stop, timers()) == (0, None, before)
 
 
 def test_those_who_are_killed_behind_a_patient_one_leave_nothing_behind(rng: random.Random) -> None:
@@ -111,36 +111,35 @@ def test_those_who_are_killed_behind_a_patient_one_leave_nothing_behind(rng: ran
             crowd = waiters(pool, 100)
             rng.shuffle(crowd)
             gevent.killall(crowd[:-1])
-            assert len(pool._patient) <= pool._crowd + 1
+            assert len(pool._patience) <= pool._patience._crowd + 1
             gevent.killall(crowd)
-        assert len(pool._patient) <= 2 * 101 + 16
+        assert len(pool._patience) <= 2 * 101 + 16
         assert len(pool._undialled) <= 3
         give_back(pool, held)
         join(first)
         give_back(pool, [first[0].get()])
-        assert (len(pool._patient), pool._alarm, pool.faults()) == (0, None, [])
+        assert (len(pool._patience), pool._patience._stop, pool.faults()) == (0, None, [])
 
 
 def test_g4_who_is_granted_a_connection_in_the_moment_in_which_his_time_is_over_has_it() -> None:
     with LineEchoServer() as server, line_pool(server, max_connections=1, acquire_timeout=0.2) as pool:
         held = borrow(pool, 1)
         waiter, behind = waiters(pool, 2)
-        ring = pool._ring
+        patience = pool._patience
 
         def ring_and_release() -> None:
             time.sleep(0.2)  # the time of the one behind, too, is over now, however much later he came
-            ring()  # both are told that their time is over
+            patience._ring()  # both are told that their time is over
             give_back(pool, held)
 
-        pool._ring = ring_and_release  # type: ignore[method-assign]
-        pool._alarm.close()
-        pool._set_alarm()
+        assert patience._stop is not None
+        patience._stop()
+        patience._stop = pool._set_timer(0.2, ring_and_release)
         join([waiter, behind])
         assert waiter.value is held[0]
         assert isinstance(behind.value, PoolExhaustedError)
-        del pool._ring
         give_back(pool, [waiter.get()])
-        assert (len(pool._patient), pool._alarm, pool.faults()) == (0, None, [])
+        assert (len(pool._patience), pool._patience._stop, pool.faults()) == (0, None, [])
 
 
 def test_a_pool_that_is_let_go_while_nobody_waits_any_more_is_collected() -> None:
