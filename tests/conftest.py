@@ -36,7 +36,7 @@ from .peers import Nginx, Postgres, Valkey, peer_folder
 SEED = int(os.environ.get("GSOCKETPOOL_SEED", "20170411"))
 
 #: Seconds that what a test started has to come to its end after the test.
-SETTLE = 5.0
+SETTLE = 10.0
 
 #: The names of threads that may outlive a test: those that do the pools' jobs are kept for the next pool.
 KEPT_THREADS = ("gsocketpool",)
@@ -116,7 +116,7 @@ class Logged(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self._records.append(record)
 
-    def take(self, count: int | None = None, timeout: float = 5.0) -> list[logging.LogRecord]:
+    def take(self, count: int | None = None, timeout: float = 10.0) -> list[logging.LogRecord]:
         """Return the records so far, in order, and forget them: the test expected them.
 
         :param count: wait until there are so many, in gevent's way, and fail if there are not exactly so many.

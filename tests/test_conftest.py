@@ -17,8 +17,8 @@ import gevent, gevent.socket, pytest
 from gevent.event import Event
 from tests import conftest
 
-conftest.SETTLE = 0.2
 kept = []
+LONG, SHORT = 20, 0.2
 
 def fail():
     raise ValueError("of its own")
@@ -28,29 +28,35 @@ def spin():
         gevent.sleep(0)
 
 def test_leaves_nothing():
+    conftest.SETTLE = LONG
     gevent.spawn_later(0.05, len, "")
     with gevent.socket.socket():
         pass
 
 def test_leaves_a_greenlet():
+    conftest.SETTLE = SHORT
     gevent.spawn(Event().wait)
 
 def test_leaves_a_thread():
+    conftest.SETTLE = SHORT
     threading.Thread(target=threading.Event().wait, name="left here", daemon=True).start()
 
 def test_leaves_a_thread_that_ends():
+    conftest.SETTLE = LONG
     threading.Timer(0.05, len, [""]).start()
 
 def test_leaves_a_thread_that_does_jobs_for_pools():
     threading.Thread(target=threading.Event().wait, name="gsocketpool-7", daemon=True).start()
 
 def test_leaves_a_descriptor():
+    conftest.SETTLE = SHORT
     kept.append(gevent.socket.socket())
 
 def test_leaves_a_record():
     logging.getLogger("gsocketpool").warning("not taken")
 
 def test_leaves_a_record_of_asyncio():
+    conftest.SETTLE = LONG
     threading.Thread(target=logging.getLogger("asyncio").error, args=["never retrieved"]).start()
 
 def test_takes_a_record(logged):
@@ -64,12 +70,12 @@ def test_takes_an_error(crashed):
     gevent.spawn(fail).join()
     assert [str(error) for error in crashed.take()] == ["of its own"]
 
-@pytest.mark.timeout(0.5)
+@pytest.mark.timeout(0.5, func_only=True)
 def test_hangs_in_the_hub():
     gevent.get_hub().loop.timer(1000).start(print)
     Event().wait()
 
-@pytest.mark.timeout(0.5)
+@pytest.mark.timeout(0.5, func_only=True)
 def test_hangs_while_another_greenlet_runs():
     gevent.spawn(spin)
     Event().wait()

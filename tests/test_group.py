@@ -107,9 +107,9 @@ class ServerAt(Server):
         self._address = (host, port)
 
 
-def until(what: str, happened: Callable[[], bool]) -> None:
+def until(what: str, happened: Callable[[], bool], bound: float = BOUND) -> None:
     """Wait until something has happened, and let everybody else run meanwhile."""
-    with gevent.Timeout(BOUND, AssertionError(f"{what}: it has not come to that in {BOUND:g} s")):
+    with gevent.Timeout(bound, AssertionError(f"{what}: it has not come to that in {bound:g} s")):
         while not happened():
             gevent.sleep(0.001)
 
@@ -208,11 +208,11 @@ def test_a_number_is_the_same_endpoint_however_it_is_written(group: PoolGroup[Ma
 
 def test_an_option_may_be_called_timeout_since_the_time_to_wait_goes_by_position(server: Server) -> None:
     with PoolGroup(TcpConnection, max_connections=1) as group:
-        with group.connection(BOUND, **at(server), timeout=3) as conn:
-            assert conn.socket.gettimeout() == 3
-            with pytest.raises(PoolExhaustedError), group.connection(0, **at(server), timeout=3):
+        with group.connection(BOUND, **at(server), timeout=30) as conn:
+            assert conn.socket.gettimeout() == 30
+            with pytest.raises(PoolExhaustedError), group.connection(0, **at(server), timeout=30):
                 pass
-        with group.connection(None, **at(server), timeout=3), group.connection(0.5, **at(server), timeout=4):
+        with group.connection(None, **at(server), timeout=30), group.connection(BOUND, **at(server), timeout=40):
             assert len(group.pools) == 2
 
 
@@ -810,7 +810,7 @@ def test_g11_one_time_is_for_all_endpoints_and_so_is_the_second_for_their_closin
     server: Server, slow: type[Slow]
 ) -> None:
     """Ten would take more than ten seconds one after the other."""
-    with gevent.Timeout(5):
+    with gevent.Timeout(9):
         group = PoolGroup(slow)
         leases = [group.connection(**at(server), db=number) for number in range(10)]
         for lease in leases:
@@ -1319,6 +1319,7 @@ FORKS = """
 import json, os, sys, warnings
 import gevent, gevent.os
 from gsocketpool import PoolGroup, TcpConnection
+from gsocketpool.lifetime import Limits
 
 port, kind = int(sys.argv[1]), sys.argv[2]
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 dislikes a fork where there are threads
@@ -1333,10 +1334,13 @@ def ask(group, db):
         assert conn.recv_until(b"\\n") == f"{os.getpid()} {db}".encode()
         return conn.socket.getsockname()[1]
 
-group = PoolGroup(Line, max_total=4, idle_timeout=0.2, forget_after=0.2, min_idle=int(sys.argv[3]))
+# In the parent nothing idles too long: it is to find its connections again.
+group = PoolGroup(
+    Line, max_total=4, check_after_idle=0.1, idle_timeout=1000, forget_after=0.2, min_idle=int(sys.argv[3])
+)
 mine = {ask(group, db) for db in range(3)}
 gevent.sleep(0.01)
-held = group.connection(host="127.0.0.1", port=port, db=0)
+held = group.connection(10, host="127.0.0.1", port=port, db=0)
 held.__enter__()
 if kind == "plain":
     pid = os.fork()
@@ -1347,6 +1351,8 @@ else:
 try:
     with gevent.Timeout(20):
         if pid == 0:
+            for pool in group.pools:
+                pool._limits = Limits(idle_timeout=0.1)
             assert group.budget.faults() == [], group.budget.faults()
             theirs = {ask(group, db) for db in range(3)}
             assert not mine & theirs, (mine, theirs)
@@ -1410,7 +1416,7 @@ def test_g10_the_child_of_a_fork_begins_anew_with_all_endpoints_and_the_parent_g
             env={**os.environ, "PYTHONPATH": str(root)},
         )
         try:
-            until("it has ended", lambda: program.poll() is not None)
+            until("it has ended", lambda: program.poll() is not None, 5 * BOUND)
         finally:
             program.kill()
             out, err = program.communicate()

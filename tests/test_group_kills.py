@@ -33,7 +33,7 @@ from tests.knife import ASLEEP, WAKING, Knife
 from tests.servers import LineEchoServer, refused_port
 from tests.test_kills import THROWN, Line, SlowToCheck, SlowToClose, SlowToOpen, SlowToReset
 
-BOUND = 5.0
+BOUND = 10.0
 
 #: One endpoint may have so many sockets, and all together so many.
 CAP = 2
@@ -219,7 +219,7 @@ def borrowing_two(town: Town) -> None:
 
 def by_the_rule_of_016(town: Town) -> None:
     pool = town.pools[A]
-    connection = pool.acquire(retry=50)
+    connection = pool.acquire(retry=100)
     try:
         connection.ask(town.text())
     finally:
@@ -556,7 +556,7 @@ class Storm:
         for each in self.rng.sample(users, count // 6):
             gevent.sleep(0.001 + self.rng.random() * 0.003)
             each.kill(gevent.GreenletExit if self.rng.random() < 0.5 else gevent.Timeout(), block=False)
-        gevent.joinall(users, timeout=12 * BOUND, raise_error=True)
+        gevent.joinall(users, timeout=5 * BOUND, raise_error=True)
         assert all(user.ready() for user in users), "somebody is never served"
         self.over = True
         gevent.joinall(weather, timeout=BOUND, raise_error=True)
@@ -1268,7 +1268,7 @@ def program(*arguments: object) -> subprocess.Popen[str]:
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=12 * BOUND)
+    output, _ = process.communicate(timeout=5 * BOUND)
     assert process.returncode == 0, output
     return output
 

@@ -19,7 +19,7 @@ from gsocketpool import Connection, Pool, PoolClosedError, PoolExhaustedError, T
 from tests.conftest import Crashed, Logged
 from tests.servers import LineEchoServer, Server, refused_port
 
-BOUND = 10.0
+BOUND = 30.0
 
 
 def line_pool(server: Server, **options: Any) -> Pool[TcpConnection]:

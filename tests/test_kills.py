@@ -20,7 +20,7 @@ from tests.knife import ASLEEP, WAKING, Knife
 from tests.servers import Authority, LineEchoServer
 
 CAP = 2
-BOUND = 5.0
+BOUND = 10.0
 
 AUTHORITY = Authority()
 
@@ -186,7 +186,7 @@ def by_hand(world: World) -> None:
 
 
 def by_the_rule_of_016(world: World) -> None:
-    connection = world.pool.acquire(retry=50)
+    connection = world.pool.acquire(retry=100)
     try:
         connection.ask(world.text())
     finally:

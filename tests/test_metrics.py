@@ -844,7 +844,7 @@ def test_no_total_goes_back_while_greenlets_work_and_another_thread_looks(
 
     def work() -> None:
         for _ in range(100):
-            with pool.connection():
+            with pool.connection(timeout=BOUND):
                 gevent.sleep(0)
 
     watcher = threading.Thread(target=look)
