@@ -432,7 +432,7 @@ class Site:
         try:
             self._lend(self._plan.patience, self._talk)
         except PoolExhaustedError as error:
-            if error.waited > 1:
+            if error.waited > self._plan.patience / 2:
                 self._log.fail(f"{self.name}: not served", error)
             self._log.count("turned away by max_waiting")
             gevent.sleep(0.001)

@@ -694,7 +694,7 @@ def test_g4_g5_what_goes_while_he_who_was_granted_it_looks_at_it_is_replaced(
             return super().check()
 
     with line_pool(server, Thorough, initial_connections=1, max_connections=1, check_after_idle=0) as pool:
-        line = pool._warm[0].connection
+        [line] = [member.connection for member in pool._members.values()]
         pool.pause()
         queue = waiters(pool, 2)
         pool.resume()
@@ -851,7 +851,7 @@ def test_g11_a_drain_of_a_pool_of_which_nothing_is_borrowed_waits_for_nothing(se
 def test_g11_those_who_wait_are_told_when_a_drain_begins_and_not_when_it_ends(server: LineEchoServer) -> None:
     pool = line_pool(server, max_connections=1)
     [line] = borrow(pool, 1)
-    queue = [*waiters(pool, 2), Attempt(pool.acquire)]
+    queue = [*waiters(pool, 2), Attempt(pool.acquire, retry=1000)]
     draining = Attempt(pool.close, 1000)
     for waiter in queue:
         assert isinstance(waiter.result(), PoolClosedError)

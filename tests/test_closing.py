@@ -239,7 +239,7 @@ def test_what_the_reaper_looks_at_when_the_pool_is_closed_is_closed(server: Line
 
 @pytest.mark.parametrize("name", ["orders", None])
 def test_whoever_waits_is_told_that_the_pool_was_closed(server: LineEchoServer, name: str | None) -> None:
-    pool = line_pool(server, max_connections=1, name=name)
+    pool = line_pool(server, max_connections=1, name=name, acquire_timeout=1000)
     held = pool.acquire()
 
     def by_with(**timeout: Any) -> None:
@@ -327,7 +327,7 @@ def test_dials_that_end_later_are_closed(dials: Dials) -> None:
 
 def test_a_dial_that_fails_after_the_close_is_logged_once(dials: Dials, logged: Logged) -> None:
     pool = dials.pool(name="orders")
-    borrower = Attempt(pool.acquire)
+    borrower = Attempt(pool.acquire, timeout=None)
     dials.wait(1)
     pool.close()
     assert isinstance(borrower.result(), PoolClosedError)

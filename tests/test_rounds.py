@@ -96,8 +96,8 @@ def test_nothing_runs_in_the_background_until_an_endpoint_is_asked_for(server: S
 def test_it_ends_when_there_is_nothing_to_tend_and_begins_again(server: Server, upkeeps: Upkeeps) -> None:
     with PoolGroup(Marked, forget_after=0.01, idle_timeout=0.01) as group:
         for _ in range(3):
-            lend_and_return(group, **at(server))
-            upkeeps.settle(1)
+            with group.connection(BOUND, **at(server)):
+                upkeeps.settle(1)
             until("it is forgotten", lambda: group.pools == [])
             upkeeps.settle(0)
 
@@ -343,7 +343,7 @@ def test_what_hung_up_is_noticed_at_each_endpoint(server: Server) -> None:
         for pool in pools_of(group, server, COUNT):
             with pool.connection():
                 pass
-        gevent.sleep(0)
+        server.wait_open(COUNT)
         server.hang_up()
         until("all are seen to be dead", of_all(group, "stale"))
 

@@ -134,7 +134,7 @@ class LosesSlots(Pool[Any]):
 
 
 def test_a_lost_slot_is_found() -> None:
-    report = Soak(replace(SHORT, patience=2.0), LosesSlots).run()
+    report = Soak(replace(SHORT, patience=4.0), LosesSlots).run()
 
     assert any("not as many served at once" in failure for failure in report.failures), report.failures
 
