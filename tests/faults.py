@@ -472,7 +472,7 @@ class Scene:
         end_early = self.fault == BLACK_HOLE
         holders = await self.held_requests(hasty=lambda number: end_early)
         hit = self.borrow(self.service.ask, wait=self.wait)
-        await self.until("the others wait", lambda: self.pool.waiting == SIZE)
+        await self.until("the others wait", self.all_have_waited)
         self.strike()
         if end_early:
             await self.time_out(holders)
@@ -484,6 +484,11 @@ class Scene:
             early = Outcome(SIZE if self.fault in BREAKS and not self.retrying else 0)
         assert len(await self.end(holders)) == in_runtime(self.rt.name, self.traits, self.phase, early).failed
         return hit
+
+    def all_have_waited(self) -> bool:
+        """Whether all wait for a connection; some of the impatient may have given up before the last one came."""
+        stats = self.pool.stats()
+        return bool(stats.waiting + stats.exhausted == SIZE)
 
     async def waiting_for_a_slow_dial(self) -> list[Task]:
         """A waiter takes what comes first, and does not insist on the dial that was made for it."""

@@ -32,6 +32,7 @@ from gsocketpool.connection import (
     TcpConnection,
     UnixConnection,
 )
+from tests.conformance.test_connections import hurry
 from tests.conftest import Logged
 from tests.proxy import Proxy
 from tests.servers import BlackHole, EchoServer, LineEchoServer, Server, refused_port, reset, say, swallow
@@ -594,7 +595,9 @@ def test_a_connect_that_nobody_answers_times_out_and_leaks_nothing(options: dict
         before = descriptors()
         with pytest.raises(TimeoutError) as caught:
             conn.open()
-        assert str(caught.value).startswith(f"cannot connect to {hole.host}:{hole.port} within 0.05 s (127.0.0.1: no")
+        # On a busy machine the time may be over before the connect begins.
+        wanted = rf"cannot connect to {hole.host}:{hole.port} within 0\.05 s \((127.0.0.1: no answer|no time was left)"
+        assert re.match(wanted, str(caught.value)), caught.value
         assert descriptors() == before
 
 
@@ -656,21 +659,25 @@ def test_the_next_address_is_tried_when_one_refuses() -> None:
 
 def test_an_address_that_never_answers_leaves_time_for_the_next() -> None:
     with BlackHole() as hole, EchoServer() as server:
-        conn = TcpConnection("name.test", server.port, connect_timeout=1.5)
+        conn = TcpConnection("name.test", server.port, connect_timeout=20)
         look_up(conn, (hole.host, hole.port), (hole.host, hole.port), (server.host, server.port))
+        given = hurry(conn, hole)
         conn.open()
+        assert 0 < given[0] <= 20 / 3
+        assert 0 < given[1] <= 20 / 2
         assert conn.socket.getpeername() == (server.host, server.port)
         conn.close()
 
 
 def test_if_all_addresses_fail_the_error_names_each_and_leaks_nothing() -> None:
     with BlackHole() as hole:
-        conn = TcpConnection("name.test", 80, connect_timeout=1)
+        conn = TcpConnection("name.test", 80, connect_timeout=9)
         look_up(conn, (hole.host, hole.port), ("::1", refused_port("::1"), 0, 0))
+        hurry(conn, hole)
         before = descriptors()
         with pytest.raises(ConnectionRefusedError) as caught:
             conn.open()
-        wanted = r"cannot connect to name\.test:80 \(127\.0\.0\.1: no answer in 0\.\d+ s; ::1: Connection refused\)"
+        wanted = r"cannot connect to name\.test:80 \(127\.0\.0\.1: no answer in \d\.\d+ s; ::1: Connection refused\)"
         assert re.search(wanted, str(caught.value)), caught.value
         cause = caught.value.__cause__
         assert isinstance(cause, ConnectionRefusedError)
@@ -682,7 +689,9 @@ def test_the_deadline_holds_however_many_addresses_there_are() -> None:
     with BlackHole() as hole:
         conn = TcpConnection("name.test", 80, connect_timeout=0.1)
         look_up(conn, *[(hole.host, hole.port)] * 5)
-        with gevent.Timeout(5), pytest.raises(TimeoutError, match=r"name\.test:80 within 0\.1 s \(127\.0\.0\.1: no"):
+        # On a busy machine the time may be over before the first connect begins.
+        wanted = r"name\.test:80 within 0\.1 s \((127\.0\.0\.1: no answer|no time was left)"
+        with gevent.Timeout(20), pytest.raises(TimeoutError, match=wanted):
             conn.open()
 
 
@@ -767,7 +776,9 @@ def test_receiving_from_a_silent_peer_times_out_and_loses_nothing() -> None:
         with pytest.raises(TimeoutError):
             conn.recv_exactly(8)
         conn.send(b"6789\n")
+        conn.socket.settimeout(5)
         assert conn.recv_exactly(8) == b"12345\n67"
+        conn.socket.settimeout(0.05)
         with pytest.raises(TimeoutError):
             conn.recv_until(b"!")
         assert conn.recv() == b"89\n"
@@ -1154,7 +1165,7 @@ def test_the_proxy_ends_the_stream_and_goes_on_reading() -> None:
 def test_the_proxy_holds_what_it_gets_while_it_is_a_black_hole() -> None:
     with EchoServer() as server, Proxy(server.host, server.port) as proxy:
         proxy.black_hole()
-        conn = TcpConnection(proxy.host, proxy.port, timeout=0.05)
+        conn = TcpConnection(proxy.host, proxy.port, timeout=0.05, connect_timeout=5)
         conn.open()
         conn.send(b"x")
         with pytest.raises(TimeoutError):
@@ -1168,7 +1179,7 @@ def test_the_proxy_holds_what_it_gets_while_it_is_a_black_hole() -> None:
 def test_the_proxy_delays() -> None:
     with EchoServer() as server, Proxy(server.host, server.port) as proxy:
         proxy.delay(0.2)
-        conn = TcpConnection(proxy.host, proxy.port, timeout=0.05)
+        conn = TcpConnection(proxy.host, proxy.port, timeout=0.05, connect_timeout=5)
         conn.open()
         conn.send(b"x")
         with pytest.raises(TimeoutError):

@@ -213,7 +213,7 @@ def test_g7_a_timeout_ends_a_wait_and_leaves_no_place_behind() -> None:
 def test_g3_a_timeout_in_the_block_discards_the_connection(server: EchoServer) -> None:
     pool = echo_pool(server, max_connections=1)
     server.hold()
-    with pytest.raises(eventlet.Timeout), eventlet.Timeout(0.05), pool.connection() as conn:
+    with pytest.raises(eventlet.Timeout), pool.connection(timeout=BOUND) as conn, eventlet.Timeout(0.05):
         conn.ask("an answer that comes too late")
     server.let_go()
     with pool.connection() as conn:
@@ -282,14 +282,14 @@ def test_a_borrower_who_was_served_in_time_is_not_woken_when_that_is_over() -> N
     said = eventlet.event.Event()
 
     def borrows() -> bool:
-        pool.release(pool.acquire(timeout=0.05))
+        pool.release(pool.acquire(timeout=2))
         said.wait(timeout=BOUND)  # returns when anything wakes it
         return bool(said.ready())
 
     borrower = Beside(borrows)
     until(lambda: pool.waiting == 1)
     pool.release(first)
-    eventlet.sleep(0.1)
+    eventlet.sleep(2.1)
     said.send()
     assert borrower.end() is True
     pool.close()

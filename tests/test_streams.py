@@ -122,6 +122,8 @@ def test_a_time_limit_of_asyncios_ends_a_wait_and_loses_nothing(run: Callable[[S
         with Host(say(b"par", b"tial")) as server:
             conn = await opened(server, timeout=None)
             await conn.send(b".")
+            while conn.check():
+                await asyncio.sleep(0.001)
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(conn.recv_exactly(7), 0.05)
             assert conn.check() is False
@@ -201,7 +203,9 @@ def test_the_deadline_holds_however_many_addresses_there_are(run: Callable[[Scen
                 return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (hole.host, hole.port))] * 5
 
             conn._getaddrinfo = getaddrinfo  # type: ignore[method-assign]
-            with pytest.raises(TimeoutError, match=r"name\.test:80 within 0\.1 s \(127\.0\.0\.1: no"):
+            # On a busy machine the time may be over before the first connect begins.
+            wanted = r"name\.test:80 within 0\.1 s \((127\.0\.0\.1: no answer|no time was left)"
+            with pytest.raises(TimeoutError, match=wanted):
                 await conn.open()
 
     run(scenario)

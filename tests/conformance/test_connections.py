@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import functools
 import gc
 import random
@@ -11,8 +12,10 @@ import re
 import select
 import socket
 import ssl
+import struct
 import sys
 import tempfile
+import termios
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -89,11 +92,50 @@ class Descriptors:
         await self._rt.until(lambda: descriptors() <= self._before, lambda: f"{descriptors()} > {self._before}")
 
 
+def hurry(conn: Any, hole: Any) -> list[float]:
+    """Make a connect to one of its addresses end early, as if its time were over: so all the others have plenty.
+
+    :returns: the seconds that each address is given, as they are tried.
+    """
+    given: list[float] = []
+    connect = conn._connect
+
+    def hurried(family: int, proto: int, address: Any, seconds: float) -> Any:
+        given.append(seconds)
+        return connect(family, proto, address, 0.05 if address == (hole.host, hole.port) else seconds)
+
+    conn._connect = hurried
+    return given
+
+
+def connects(conn: Any) -> list[Any]:
+    """Where the connection notes the sockets that have connected."""
+    connected: list[Any] = []
+    secure = conn._secure
+
+    def noted(sock: Any, deadline: float | None) -> Any:
+        connected.append(sock)
+        return secure(sock, deadline)
+
+    conn._secure = noted
+    return connected
+
+
 async def readable(rt: Runtime, conn: Any) -> None:
     """Wait until something has arrived: bytes, the end of the stream or an error."""
     poll = select.poll()
     poll.register(conn.fileno(), select.POLLIN)
     await rt.until(lambda: poll.poll(0), lambda: "nothing arrives")
+
+
+async def arrived(rt: Runtime, conn: Any, count: int) -> None:
+    """Wait until so many bytes have arrived that nobody has received."""
+
+    def found() -> int:
+        (size,) = struct.unpack("i", fcntl.ioctl(conn.fileno(), termios.FIONREAD, bytes(4)))
+        return len(conn._read_ahead) + int(size)
+
+    await rt.until(lambda: found() == count, lambda: f"{found()} bytes have arrived, not {count}")
 
 
 def refused_port(host: str = "127.0.0.1") -> int:
@@ -383,27 +425,33 @@ async def test_a_connect_that_nobody_answers_times_out_and_leaks_nothing(rt: Run
         async with Descriptors(rt):
             with pytest.raises(TimeoutError) as caught:
                 await do(conn.open())
-        assert str(caught.value).startswith(f"cannot connect to {hole.host}:{hole.port} within 0.05 s (127.0.0.1: no")
+        # On a busy machine the time may be over before the connect begins.
+        wanted = rf"cannot connect to {hole.host}:{hole.port} within 0\.05 s \((127.0.0.1: no answer|no time was left)"
+        assert re.match(wanted, str(caught.value)), caught.value
 
 
 async def test_an_address_that_never_answers_leaves_time_for_the_next(rt: Runtime) -> None:
     with Hole() as hole, Host(echo) as server:
-        conn = rt.api.TcpConnection("name.test", server.port, connect_timeout=1.5)
+        conn = rt.api.TcpConnection("name.test", server.port, connect_timeout=BOUND)
         look_up(rt, conn, (hole.host, hole.port), ("::1", refused_port("::1"), 0, 0), (server.host, server.port))
+        given = hurry(conn, hole)
         await do(conn.open())
+        assert 0 < given[0] <= BOUND / 3
+        assert 0 < given[1] <= BOUND / 2
         assert conn.socket.getpeername() == (server.host, server.port)
         await do(conn.close())
 
 
 async def test_if_all_addresses_fail_the_error_names_each_and_leaks_nothing(rt: Runtime) -> None:
     with Hole() as hole:
-        conn = rt.api.TcpConnection("name.test", 80, connect_timeout=1)
+        conn = rt.api.TcpConnection("name.test", 80, connect_timeout=BOUND)
         look_up(rt, conn, (hole.host, hole.port), ("::1", refused_port("::1"), 0, 0))
+        hurry(conn, hole)
         async with Descriptors(rt):
             with pytest.raises(ConnectionRefusedError) as caught:
                 await do(conn.open())
         wanted = (
-            r"cannot connect to name\.test:80 \(127\.0\.0\.1: no answer in 0\.\d+ s; ::1: (Connection|ECONN) ?refused\)"
+            r"cannot connect to name\.test:80 \(127\.0\.0\.1: no answer in \S+ s; ::1: (Connection|ECONN) ?refused\)"
         )
         assert re.search(wanted, str(caught.value), re.IGNORECASE), caught.value
         assert isinstance(caught.value.__cause__, ConnectionRefusedError)
@@ -476,7 +524,7 @@ async def test_megabytes_are_sent_whole_to_a_slow_reader(rt: Runtime, rng: rando
 async def test_sending_to_a_peer_that_does_not_read_times_out(rt: Runtime) -> None:
     done = threading.Event()
     with Host(lambda sock: done.wait(BOUND)) as server:
-        conn = await opened(rt, server, timeout=0.05, connect_timeout=5)
+        conn = await opened(rt, server, timeout=0.05, connect_timeout=BOUND)
         with pytest.raises(TimeoutError, match=r":\d+ did not take 33554432 bytes within 0\.05 s"):
             await do(conn.send(bytes(32 * 1024 * 1024)))
         await do(conn.close())
@@ -485,13 +533,14 @@ async def test_sending_to_a_peer_that_does_not_read_times_out(rt: Runtime) -> No
 
 async def test_receiving_from_a_silent_peer_times_out_and_loses_nothing(rt: Runtime) -> None:
     with Host(echo) as server:
-        conn = await opened(rt, server, timeout=0.05, connect_timeout=5)
+        conn = await opened(rt, server, timeout=0.05, connect_timeout=BOUND)
         with pytest.raises(TimeoutError, match=rf"127\.0\.0\.1:{server.port} sent nothing within 0\.05 s"):
             await do(conn.recv())
         await do(conn.send(b"12345\n"))
         with pytest.raises(TimeoutError):
             await do(conn.recv_exactly(8))
         await do(conn.send(b"6789\n"))
+        await arrived(rt, conn, 11)
         assert await do(conn.recv_exactly(8)) == b"12345\n67"
         with pytest.raises(TimeoutError):
             await do(conn.recv_until(b"!"))
@@ -851,10 +900,13 @@ async def test_a_handshake_that_takes_too_long_times_out_and_leaks_nothing(
     rt: Runtime, certificates: Certificates, act: Handler
 ) -> None:
     with Host(act) as server:
-        conn = tcp(rt, server, tls=certificates.client(), connect_timeout=0.5)
+        conn = tcp(rt, server, tls=certificates.client(), connect_timeout=0.15)
+        connected = connects(conn)
         async with Descriptors(rt):
-            with pytest.raises(TimeoutError, match=r"within 0\.5 s \(127\.0\.0\.1: connected, and the TLS hand"):
+            with pytest.raises(TimeoutError, match=r"within 0\.15 s \(") as caught:
                 await do(conn.open())
+        # On a busy machine the time may be over before that.
+        assert ("(127.0.0.1: connected, and the TLS handshake was not done" in str(caught.value)) is bool(connected)
         assert not conn.is_connected()
 
 
@@ -871,7 +923,7 @@ async def test_a_server_that_does_not_speak_tls_is_an_error_and_leaks_nothing(
 
 async def test_a_silent_peer_times_out_under_tls(rt: Runtime, certificates: Certificates) -> None:
     with Host(swallow, tls=certificates.server()) as server:
-        conn = await opened(rt, server, tls=certificates.client(), timeout=0.05, connect_timeout=5)
+        conn = await opened(rt, server, tls=certificates.client(), timeout=0.05, connect_timeout=BOUND)
         with pytest.raises(TimeoutError, match=r"sent nothing within 0\.05 s"):
             await do(conn.recv())
         await do(conn.close())
@@ -1043,8 +1095,9 @@ async def test_a_start_tls_that_nobody_answers_times_out_and_closes_the_connecti
 ) -> None:
     with Host(swallow) as server:
         async with Descriptors(rt):
-            conn = await opened(rt, server, connect_timeout=0.5)
-            with pytest.raises(TimeoutError, match=rf"no TLS with 127\.0\.0\.1:{server.port} within 0\.5 s"):
+            conn = await opened(rt, server)
+            conn._connect_timeout = 0.1
+            with pytest.raises(TimeoutError, match=rf"no TLS with 127\.0\.0\.1:{server.port} within 0\.1 s"):
                 await do(conn.start_tls(certificates.client()))
             assert not conn.is_connected()
 
