@@ -425,7 +425,7 @@ class Postgres(Peer):
 
     def ask(self, query: str) -> Any:
         """Run one query over a connection of its own; return the first column of the first row."""
-        with psycopg.connect(self.dsn, autocommit=True) as conn:
+        with psycopg.connect(self.dsn, autocommit=True, application_name="asking") as conn:
             row = conn.execute(query.encode()).fetchone()
             assert row is not None
             return row[0]

@@ -704,6 +704,7 @@ def test_an_initial_connection_that_fails_closes_the_others_and_is_raised_as_it_
     maker = Attempt(dials.pool, initial_connections=3)
     dials.wait(3)
     dials[0].go_on()
+    dials.server.wait_accepted(1)
     assert dials.server.open == 1
     error = OSError("the second one")
     dials[1].go_on(error)

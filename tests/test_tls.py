@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import select
 import ssl as std_ssl
 import subprocess
 import sys
@@ -379,10 +380,19 @@ def wait_until_false(conn: TcpConnection) -> None:
             wait_readable(conn)
 
 
+def wait_ended(conn: TcpConnection) -> None:
+    """Wait until the end of the stream has arrived, and all that was sent before."""
+    poll = select.poll()
+    poll.register(conn.socket.fileno(), getattr(select, "POLLRDHUP", select.POLLIN))
+    with gevent.Timeout(5):
+        while not poll.poll(0):
+            gevent.sleep(0.001)
+
+
 def test_check_finds_tickets_a_goodbye_and_the_end_all_at_once(authority: Authority, trusting: Context) -> None:
     with Server(says_goodbye_and_closes, tls=authority.server_context()) as server:
         conn = open_to(server, trusting)
-        server.wait_open(0)  # all of it is on its way, and over loopback has arrived
+        wait_ended(conn)
         assert conn._peek(conn.socket)
         assert conn.check() is False
         conn.close()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import _socket
+import os
 import select
+import socket
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -334,7 +337,20 @@ class PostgresService(Service):
         return str(await query(conn, "SELECT %s FROM pg_advisory_xact_lock_shared(1)", token))
 
     def alive(self, conn: Any) -> bool:
-        return fresh(conn)
+        # Not `fresh`: in eventlet its select() is an error where the pool watches the connection already.
+        try:
+            same = _socket.socket(fileno=os.dup(conn.fileno()))
+        except (OSError, psycopg.OperationalError):  # closed, by the pool
+            return False
+        try:
+            same.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        finally:
+            same.close()
+        return False
 
     def arm(self) -> None:
         self.let_go()
