@@ -223,6 +223,7 @@ def test_a_pool_that_loses_a_slot_fails(monkeypatch: pytest.MonkeyPatch) -> None
 
     Losing._close_one = close_one  # type: ignore[method-assign, assignment]
     monkeypatch.setattr(demo, "VICTIMS", 1)
+    monkeypatch.setattr(demo, "LOST", 2.0)
     result = demonstrate(monkeypatch, Losing)
 
     assert "1 of 10 slots are lost: in the end only 9 borrowers were served at once" in result.output
@@ -255,10 +256,10 @@ def test_a_pool_that_gets_stuck_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stuck(Pool[Any]):
         def connection(self, timeout: Any = ...) -> Any:
             if self.stats().acquired >= 50:
+                monkeypatch.setattr(demo, "PATIENCE", 0.5)  # not before: all that goes well may take longer
                 Event().wait()
             return super().connection(timeout)
 
-    monkeypatch.setattr(demo, "PATIENCE", 0.5)
     result = demonstrate(monkeypatch, Stuck)
 
     assert "were not done after 0.5 s" in result.output

@@ -32,6 +32,9 @@ BETWEEN_VOLLEYS: Final = 0.03
 #: Seconds after which something has gone wrong.
 PATIENCE: Final = 30.0
 
+#: Seconds after which a borrower who finds nobody else at work has met a slot that is lost.
+LOST: Final = 5.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -233,27 +236,31 @@ class Demo:
     def _serve_all_at_once(self) -> int:
         """How many borrowers hold a connection that works at the same time, if as many come as there may be."""
         wanted = self.report.plan.connections
-        holding = most = 0
-        full = Event()
+        holding = settled = 0
+        all_settled = Event()
+
+        def settle() -> None:
+            nonlocal settled
+            settled += 1
+            if settled == wanted:
+                all_settled.set()
 
         def borrow(number: int) -> None:
-            nonlocal holding, most
+            nonlocal holding
             try:
-                with self.pool.connection(timeout=2) as connection:
+                with self.pool.connection(timeout=LOST) as connection:
                     if _ask(connection, b"at once %d" % number):
                         holding += 1
-                    most = max(most, holding)
-                    if holding == wanted:
-                        full.set()
-                    full.wait(1)
-                    holding -= 1
+                    settle()
+                    all_settled.wait()  # until each of the others has one as well, or has given up
             except Exception as error:
                 self.report.errors.append(f"when all was over, {type(error).__name__}: {error}")
+                settle()
 
         borrowers = [gevent.spawn(borrow, number) for number in range(wanted)]
         gevent.joinall(borrowers, PATIENCE)
         gevent.killall(borrowers)
-        return most
+        return holding
 
 
 def _ask(connection: TcpConnection, line: bytes) -> bool:

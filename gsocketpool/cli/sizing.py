@@ -53,6 +53,8 @@ LONGEST_STEP: Final = 10.0
 IN_A_ROW: Final = 20
 #: Seconds that all steps may take by plan.
 LONGEST: Final = 900.0
+#: Seconds that may pass beside the steps, in all: on a machine that is busy more is done in between than one thinks.
+SPARE: Final = 10.0
 
 
 def little(rate: float, seconds: float) -> float:
@@ -139,7 +141,7 @@ class Plan:
 
     def longest(self) -> float:
         """How many seconds all steps may take."""
-        return self.most_steps() * 2 * self.seconds
+        return self.most_steps() * 2 * self.seconds + SPARE
 
     def _repeated(self, steps: Iterable[Step]) -> list[Step]:
         steps, random = list(steps), Random(self.seed)
