@@ -28,7 +28,7 @@ def main(primary, first_replica, second_replica):
     group = PoolGroup(
         wrap(connect, check=is_quiet, reset=lambda conn: conn.rollback()),
         key=lambda endpoint: endpoint,  # so stats() calls them "primary" and so on
-        acquire_timeout=2,
+        acquire_timeout=5,
         idle_timeout=60,
         max_lifetime=600,
         min_idle=3,

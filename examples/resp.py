@@ -156,7 +156,7 @@ def main(host: str, port: str) -> None:
         {"host": host, "port": int(port), "connect_timeout": 2, "timeout": 5},
         initial_connections=1,  # if that fails, its error is raised here
         max_connections=4,
-        acquire_timeout=2,
+        acquire_timeout=5,
         discard_on=OSError,  # a ReplyError costs no connection
         max_lifetime=1800,
         keepalive=60,

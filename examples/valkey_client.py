@@ -182,7 +182,7 @@ class ConnectionPool(valkey.ConnectionPool):
 
 def main(host, port):
     options = {"host": host, "port": int(port), "socket_connect_timeout": 2, "socket_timeout": 5}
-    settings = {"acquire_timeout": 2, "max_lifetime": 1800, "keepalive": 60, "leak_threshold": 30, "name": "valkey"}
+    settings = {"acquire_timeout": 5, "max_lifetime": 1800, "keepalive": 60, "leak_threshold": 30, "name": "valkey"}
     settings["initial_connections"] = 1  # if that fails, its error is raised here
 
     # The whole client. It is one object for all greenlets; each command borrows a connection.

@@ -25,11 +25,12 @@ def benchmarks(*arguments: str, **environment: str) -> subprocess.CompletedProce
         env={**{name: value for name, value in os.environ.items() if not name.startswith("COV")}, **environment},
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=170,
         check=False,
     )
 
 
+@pytest.mark.timeout(180)
 def test_a_quick_run_prints_what_it_ran_on_a_table_for_each_case_and_the_targets(tmp_path: Path) -> None:
     # No peer that has to be installed on the side: what is missing is left out with a note.
     done = benchmarks("--quick", "pair", "contended", "growth", "endpoints", GSOCKETPOOL_016=str(tmp_path))
@@ -49,6 +50,7 @@ def test_a_quick_run_prints_what_it_ran_on_a_table_for_each_case_and_the_targets
     assert any("time-outs at once" in line and line.endswith(("yes", "no")) for line in targets)
 
 
+@pytest.mark.timeout(180)
 def test_a_quick_run_with_threads_and_on_asyncio_measures_every_peer_that_is_installed() -> None:
     done = benchmarks("--quick", "threads", "asyncio")
     assert done.returncode == 0, done.stderr

@@ -211,11 +211,13 @@ def all_busy(backend: EchoServer, load: Load, workers: set[int]) -> Iterator[Non
     """While this lasts, each of these workers has requests that wait for their answers, and all others wait, too."""
     wait_until(lambda: workers <= set().union(*users(backend)))
     backend.hold()
+    polls = itertools.count(1)
     try:
-        # Clients that wait stay with their worker. If one has all of them, others have to come.
+        # Clients that wait stay with their worker. If one has all of them, others have to come; not all at once, since
+        # a worker may just stand still.
         wait_until(
             lambda: workers <= {int(line.split()[0]) for line in held(backend)},
-            meanwhile=load.add,
+            meanwhile=lambda: load.add() if next(polls) % 20 == 0 else None,
         )
         yield
     finally:

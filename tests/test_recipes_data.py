@@ -356,8 +356,9 @@ def test_resp_what_a_borrower_changed_is_taken_back_on_the_same_connection(clean
 def test_resp_a_connection_whose_reply_is_under_way_is_discarded_though_nothing_was_raised(
     clean: Valkey, logged: Logged
 ) -> None:
-    with resp_pool(clean.port, options={"timeout": 0.1}) as pool:
+    with resp_pool(clean.port) as pool:
         with pool.connection() as conn:
+            conn.socket.settimeout(0.1)
             with pytest.raises(TimeoutError):
                 conn.call("BLPOP", "list", 0)
             with pytest.raises(ConnectionError, match="earlier reply"):

@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import re
+import signal
 import smtplib
 import ssl
 import sys
@@ -195,7 +196,7 @@ def echo(conn: Any, token: str) -> None:
 
 
 def https_share() -> None:
-    pool = https_pool(initial_connections=4)
+    pool = https_pool(initial_connections=4, acquire_timeout=BOUND)
     numbers = set()
 
     def ask(token: str) -> None:
@@ -209,7 +210,7 @@ def https_share() -> None:
 
 
 def https_kill() -> None:
-    kill(https_pool(initial_connections=4), echo)
+    kill(https_pool(initial_connections=4, acquire_timeout=BOUND), echo)
 
 
 def https_unverified() -> None:
@@ -217,11 +218,17 @@ def https_unverified() -> None:
     opens_nothing(pool, ssl.SSLCertVerificationError, "certificate verify failed")
 
 
+def end_what_idles() -> None:
+    """Have nginx load its settings again: its old worker ends the connections on which nothing is asked."""
+    os.kill(int(os.environ["NGINX"]), signal.SIGHUP)
+
+
 def https_idle() -> None:
-    """The server ends a connection that has idled for 50 ms."""
+    """The server ends a connection that idles."""
     with https_pool() as pool:
         with pool.connection() as conn:
-            exchange(conn, "/brief?a")
+            exchange(conn, "/echo?a")
+        end_what_idles()
         until(lambda: pool.stats().closed["stale"] == 1)  # the hub has noticed, or the check
         https.fetch(pool, "POST", "/echo?b")
         assert pool.stats().opened == 2
@@ -243,7 +250,8 @@ def https_race() -> None:
     with https_pool(check_after_idle=None, max_connections=1) as pool:
 
         def ended_by_the_server() -> None:
-            https.fetch(pool, "GET", "/brief?a")
+            https.fetch(pool, "GET", "/echo?a")
+            end_what_idles()
             (conn,) = opened
             until(lambda: not https.is_quiet(conn))
 
@@ -456,9 +464,12 @@ def smtp_timeout() -> None:
 
 
 def smtp_idle() -> None:
-    """The test's server hangs up on who is silent for a while."""
+    """The test's server hangs up on all who are silent, if it is asked to."""
     with smtp_pool(keepalive=None) as pool:
         smtp.send(pool, mail("a"))
+        other = smtp.dial(HOST, port, "app", "s3cret", context())
+        other.vrfy("hang_up_on_others")
+        smtp.hang_up(other)
         until(lambda: pool.stats().closed["stale"] == 1)
         smtp.send(pool, mail("b"))
         assert pool.stats().opened == 2
@@ -528,7 +539,7 @@ def count(client: Any, token: str) -> None:
 
 
 def thrift_share() -> None:
-    pool = stock_pool(initial_connections=4)
+    pool = stock_pool(initial_connections=4, acquire_timeout=BOUND)
 
     def ask(token: str) -> None:
         assert thrift.call(pool, "count", f"has {token}") == len(f"has {token}")
@@ -539,7 +550,7 @@ def thrift_share() -> None:
 
 
 def thrift_kill() -> None:
-    kill(stock_pool(initial_connections=4), count)
+    kill(stock_pool(initial_connections=4, acquire_timeout=BOUND), count)
 
 
 def thrift_answers() -> None:
@@ -593,9 +604,13 @@ def thrift_bad_argument() -> None:
 
 
 def thrift_idle() -> None:
-    """The test's server hangs up on who is silent for a while."""
+    """The test's server hangs up on who came first, if it is asked to."""
     with stock_pool(keepalive=None) as pool:
         thrift.call(pool, "ping")
+        other = thrift.StockClient(HOST, port)
+        other.open()
+        other.count("hang up")
+        other.close()
         until(lambda: pool.stats().closed["stale"] == 1)
         thrift.call(pool, "ping")
         assert pool.stats().opened == 2

@@ -267,6 +267,8 @@ def asked(server: Server) -> None:
             assert pool.stats().closed["stale"] == 0
             server.ends(first)
             until(lambda: pool.stats().closed["stale"] == 1)
+            if logged.texts:  # else it was not just being asked
+                logged.expect(1, "keepalive() failed; the connection is closed")
 
 
 def restart(server: Server) -> None:
