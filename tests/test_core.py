@@ -2366,7 +2366,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
 
 # Not measured by coverage, which would take as long again several times: it goes over the same lines for ever.
-TestAnyOrderOfEvents = pytest.mark.no_cover(AnyOrderOfEvents.TestCase)
+TestAnyOrderOfEvents = pytest.mark.timeout(300)(pytest.mark.no_cover(AnyOrderOfEvents.TestCase))
 TestAnyOrderOfEvents.settings = settings(max_examples=300, stateful_step_count=60)
 
 
@@ -2447,5 +2447,6 @@ def walk(rng: random.Random, worlds: int, steps: int) -> None:
 
 
 @pytest.mark.no_cover
+@pytest.mark.timeout(300)
 def test_any_order_of_events_on_long_random_walks(rng: random.Random) -> None:
     walk(rng, worlds=500, steps=200)

@@ -251,9 +251,11 @@ def test_the_reaper_comes_every_interval_and_only_where_it_is_wanted(server: Lin
         for pool in (reaped, left_alone):
             with pool.connection() as line:
                 line.expired = True
+        server.wait_accepted(2)
         server.wait_open(1)
         with reaped.connection() as again:
             again.expired = True
+        server.wait_accepted(3)
         server.wait_open(1)
         assert reaped.stats().closed["expired"] == 2
         assert (left_alone.idle, line.expiries) == (1, 0)

@@ -1095,7 +1095,7 @@ stop = []
 def work(n):
     while not stop:
         try:
-            with (pool.connection(timeout=5) if n % 2 else group.connection(5, **options)) as line:
+            with (pool.connection(timeout=20) if n % 2 else group.connection(20, **options)) as line:
                 line.send(b"x\\n")
                 assert line.recv_until(b"\\n") == b"x"
                 if n == 0:
@@ -1235,7 +1235,7 @@ print("done")
 def test_whoever_waits_when_the_pool_is_closed_is_told() -> None:
     pool = Pool(Plain, max_connections=1)
     connection = pool.acquire()
-    waiters = [Thread(pool.acquire) for _ in range(5)]
+    waiters = [Thread(lambda: pool.acquire(timeout=BOUND)) for _ in range(5)]
     eventually(lambda: pool.waiting == 5)
     pool.close()
     for waiter in waiters:

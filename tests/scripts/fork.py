@@ -43,7 +43,7 @@ from gevent.monkey import get_original
 from gsocketpool import Pool, PoolClosedError, PoolError, TcpConnection, wrap
 
 #: Seconds that whatever should happen soon may take.
-BOUND = 10
+BOUND = 20
 
 #: Where the server is: ports of 127.0.0.1, and the file of its authority.
 AT: dict[str, Any] = json.loads(sys.argv[3])
@@ -643,12 +643,12 @@ def told(fork: Fork) -> None:
     """Those who wait for a drain, or for the pool to be ready."""
     pool = line_pool(max_connections=1)
     conn = pool.acquire()
-    draining = gevent.spawn(pool.close, timeout=BOUND / 2)
+    draining = gevent.spawn(pool.close, timeout=BOUND)
     settle()
     assert not draining.ready()
 
     def in_child() -> None:
-        draining.get(timeout=1)
+        draining.get(timeout=BOUND / 2)
         assert pool.closed
         assert pool.faults() == []
 
@@ -900,7 +900,9 @@ def several_pools(fork: Fork) -> None:
             return super().fileno()
 
     pid = os.getpid()
-    faulty, pools = line_pool(Faulty), [line_pool(), line_pool(check_after_idle=None), line_pool(order="fifo")]
+    # Nobody asks for its descriptor, but the fork.
+    faulty = line_pool(Faulty, check_after_idle=None)
+    pools = [line_pool(), line_pool(check_after_idle=None), line_pool(order="fifo")]
     closed = line_pool()
     closed.close()
     for pool in (faulty, *pools):
@@ -1157,6 +1159,8 @@ def paused(fork: Fork) -> None:
 
 def loans(fork: Fork) -> None:
     """Who holds what is noted: in the child nobody holds anything, and no report is made of it."""
+    logger = logging.getLogger("gsocketpool")
+    logger.setLevel(logging.ERROR)  # where the server takes its time, a report is right
     pool = line_pool(leak_threshold=0.5, reclaim=True)
     asked, dies = Event(), Event()
 
@@ -1169,10 +1173,12 @@ def loans(fork: Fork) -> None:
     assert asked.wait(BOUND / 2)
 
     def in_child() -> None:
+        logger.setLevel(logging.WARNING)
         assert pool.holders() == []
         dies.set()
         careless.join(BOUND / 2)
         gevent.sleep(0.6)  # past the threshold, and a tick
+        logger.setLevel(logging.ERROR)
         serves(pool)
         pool.close()
 
@@ -1183,6 +1189,7 @@ def loans(fork: Fork) -> None:
     careless.join()
     pool.close()
     SERVER.check()
+    logger.setLevel(logging.WARNING)
 
     # The end of one is known, and nothing done about it so far. That is in the hub, which cannot wait for a child.
     where = {"host": "127.0.0.1", "port": AT["port"]}
@@ -1192,7 +1199,7 @@ def loans(fork: Fork) -> None:
     def act() -> None:
         pids.append(forked(fork))
         if pids != [0]:
-            logging.getLogger("gsocketpool").setLevel(logging.ERROR)  # what the parent says of it is right
+            logger.setLevel(logging.ERROR)  # what the parent says of it is right
 
     reclaiming.act, reclaiming.job = act, "take_back"
     gevent.spawn(lambda: reclaiming.acquire().ask()).join()
@@ -1726,7 +1733,7 @@ SCENARIOS: dict[str, Callable[[Fork], None]] = {
 
 if __name__ == "__main__":
     faulthandler.register(signal.SIGALRM, chain=True)  # the children too say where they stood
-    signal.alarm(4 * BOUND)
+    signal.alarm(50)  # before who started it loses patience
     for each in FORKS[sys.argv[2]]:
         SCENARIOS[sys.argv[1]](each)
         SERVER.begin()
