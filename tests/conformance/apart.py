@@ -172,7 +172,7 @@ class _last_words:
     """The last that a child does."""
 
     def __enter__(self) -> None:
-        faulthandler.dump_traceback_later(BOUND - 1, exit=True)
+        faulthandler.dump_traceback_later(1.5 * BOUND, exit=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> NoReturn:
         if error is not None:

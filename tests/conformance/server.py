@@ -153,7 +153,7 @@ class EchoServer:
         with self._lock:
             return [line for client in self.clients for line in client.lines]
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 5.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 20.0) -> None:
         """Stand still until a condition holds; for where no runtime has to turn for that."""
         deadline = time.monotonic() + timeout
         while not condition():

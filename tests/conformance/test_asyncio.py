@@ -20,8 +20,9 @@ TASKS = ("asyncio", "uvloop")
 
 @only(*TASKS)
 async def test_g3_wait_for_ends_a_borrower_in_time_and_costs_its_connection(rt: Runtime, server: EchoServer) -> None:
+    pool = line_pool(rt, server, max_connections=1, check_after_idle=None)
+    await ask(pool, "before", timeout=BOUND)  # so that there is nothing to wait for but the answer
     server.hold()
-    pool = line_pool(rt, server, max_connections=1)
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(ask(pool, "too late", timeout=BOUND), 0.05)
     server.let_go()

