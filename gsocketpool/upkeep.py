@@ -42,8 +42,7 @@ class Upkeep:
         self._keeper = keeper
         self._tick = tick_for(settings)
         self._reap_every = settings.reap_interval if settings.reap_expired_connections else NEVER
-        self._next_tick = self._next_reap = 0.0
-        self._rest_until = NEVER
+        self._next_tick = self._next_reap = self._rest_until = NEVER
         self._trial_at = NEVER
         self.wakes_at = 0.0
         self._proving = 0

@@ -125,7 +125,8 @@ class Logged(logging.Handler):
         deadline = time.monotonic() + timeout
         while len(self._records) < (count or 0) and time.monotonic() < deadline:
             gevent.sleep(0.001)
-        taken, self._records = self._records, []
+        taken = self._records[:]
+        del self._records[: len(taken)]  # none that a thread has added meanwhile
         if count is not None:
             assert len(taken) == count, f"{count} log records expected, got {[r.getMessage() for r in taken]}"
         return taken

@@ -138,7 +138,7 @@ class Server:
         state: int = sock.getsockopt(socket.IPPROTO_TCP, std_socket.TCP_INFO, 1)[0]
         return state == _ESTABLISHED
 
-    def wait_until(self, happened: Callable[[], bool], timeout: float = 5.0) -> None:
+    def wait_until(self, happened: Callable[[], bool], timeout: float = 20.0) -> None:
         """Wait until ``happened()``: asked whenever a connection begins or ends. Fail after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         while not happened():
@@ -147,11 +147,11 @@ class Server:
             self._changed.clear()
             self._changed.wait(left)
 
-    def wait_open(self, count: int, timeout: float = 5.0) -> None:
+    def wait_open(self, count: int, timeout: float = 20.0) -> None:
         """Wait until so many handlers run: what clients have closed, and all that came before, has been dealt with."""
         self.wait_until(lambda: len(self._greenlets) == count, timeout)
 
-    def wait_accepted(self, count: int, timeout: float = 5.0) -> None:
+    def wait_accepted(self, count: int, timeout: float = 20.0) -> None:
         """Wait until so many connections have been accepted since the start."""
         self.wait_until(lambda: self.accepted >= count, timeout)
 

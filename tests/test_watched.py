@@ -1141,6 +1141,14 @@ def test_what_a_greenlet_was_given_is_shown_nowhere(server: LineEchoServer, logg
         wait_for(lambda: pool.in_use == 0)
 
 
+def test_nothing_is_announced_that_a_pool_never_does(server: LineEchoServer) -> None:
+    with line_pool(server, reap_expired_connections=False, check_after_idle=None) as pool, pool.connection():
+        assert "what the pool does next" not in pool.debug()
+    with line_pool(server, check_after_idle=None, reap_interval=1010) as pool, pool.connection():
+        announced = pool.debug().partition("what the pool does next\n")[2]
+        assert re.fullmatch(r"    in 16 min \d+ s: drop_expired\(\)\n?", announced)
+
+
 def test_a_greenlet_whose_repr_fails_is_shown_and_named_all_the_same(server: LineEchoServer) -> None:
     class Odd(gevent.Greenlet):  # type: ignore[type-arg]
         def __repr__(self) -> str:
