@@ -1,7 +1,7 @@
 """One timer for all who wait as long as the pool's own rule says.
 
 They come in the order of their deadlines, so a queue is enough, and the timer is the first one's. A timer for each is a
-tenth of what a hand-off costs in gevent, and a fifth in asyncio.
+tenth of what a hand-off costs in gevent, and a quarter in asyncio.
 """
 
 from __future__ import annotations
