@@ -6,8 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLD := $(VENV)/peers/gsocketpool-0.1.6
 
-# One process for each processor, each with servers of its own; more than a few would be in each other's way.
-SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=4 --dist=worksteal
+# A few processes, each with servers of its own: tests/conftest.py says how many.
+SIDE_BY_SIDE := --numprocesses=auto --dist=worksteal
 
 # Which tests `make test` runs; all of them, if nothing is said.
 TESTS :=

@@ -63,6 +63,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors, since tests wait more than they work."""
+    return min((os.cpu_count() or 1) + 1, 4)
+
+
 def pytest_report_header() -> str:
     return f"random seed: {SEED} (set GSOCKETPOOL_SEED for another), gevent {gevent.__version__}"
 
