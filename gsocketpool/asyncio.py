@@ -372,24 +372,24 @@ class Pool(_Async, Driver[C]):
         # What follows is for the commonest case where one must wait, since a greenlet would double what that costs.
         started = monotonic()
         place: Any = self.take(True)  # others wait, so this is a place behind them
-        waiter = place.waiter = self._loop.create_future()
         timer = None
         try:
-            if limit is not None:
-                if usual:
+            try:
+                waiter = place.waiter = self._loop.create_future()
+                if usual and limit is not None:
                     self._patience.enter(place, started + limit)
-                else:
+                elif limit is not None:
                     timer = self._loop.call_later(limit, expire, waiter)
-            await waiter
+                await waiter
+            finally:
+                place.waiter = None
+                if usual:
+                    self._patience.leave(place)
+                elif timer is not None:
+                    timer.cancel()
         except BaseException:
             self._leave(place)
             raise
-        finally:
-            place.waiter = None
-            if timer is not None:
-                timer.cancel()
-            elif usual:
-                self._patience.leave()
         member: Member[C] | None = place.member
         if member is not None and not member.cold:
             member.holder = holder

@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 from weakref import ReferenceType
 
 from gsocketpool.core import Place
 
 __all__ = ["Patience"]
 
-#: As many may stand here who have left, and so many more as do stand here when that is looked at.
-SPARE = 16
+#: As many may stand here who have left, and so many more as did stand here when that was last looked at.
+SPARE: Final = 16
+#: The deadline of who has left. Not that nobody waits at his place: he may stand there again, by a timer of his own.
+LEFT: Final = -1.0
 
 
 class Patience:
     """Who stands at a place until its deadline: no earlier than that of the one before.
-
-    Somebody has left as soon as his place has no `waiter` any more.
 
     :param pool: refers to the pool weakly, since that has this. Its ``_set_timer(limit, callback)`` has something
         called in so many seconds, or later, and answers what stops that.
@@ -44,25 +44,24 @@ class Patience:
     def enter(self, place: Place[Any], deadline: float) -> None:
         """Somebody stands at a place now. Call `leave` once he does no longer, for whatever reason."""
         place.deadline = deadline
-        places = self._places
-        places.append(place)
+        self._places.append(place)
         if self._stop is None:
             self._start()
 
-    def leave(self) -> None:
-        """Somebody has left."""
+    def leave(self, place: Place[Any]) -> None:
+        """Somebody stands there no longer."""
+        place.deadline = LEFT
         places = self._places
-        while places and places[0].waiter is None:
+        while places and places[0].deadline == LEFT:
             places.popleft()
         if not places:
+            self._crowd = SPARE
             if self._stop is not None:
-                self._stop()
-                self._stop = None
+                stop, self._stop = self._stop, None
+                stop()
         elif len(places) > self._crowd:  # else those who leave would pile up behind the first
-            live = [place for place in places if place.waiter is not None]
-            places.clear()
-            places.extend(live)
-            self._crowd = 2 * len(live) + SPARE
+            self._places = deque(place for place in places if place.deadline != LEFT)
+            self._crowd = 2 * len(self._places) + SPARE
 
     def _start(self) -> None:
         pool = self._pool()
@@ -70,11 +69,15 @@ class Patience:
             self._stop = pool._set_timer(self._places[0].deadline - monotonic(), self._ring)
 
     def _ring(self) -> None:
-        if self._stop is not None:
-            self._stop()
-            self._stop = None
-        pool, places, now = self._pool(), self._places, monotonic()
-        while pool is not None and places and places[0].deadline <= now:
-            pool._wake(places.popleft())
-        if places:
-            self._start()
+        stop, self._stop = self._stop, None
+        try:
+            if stop is not None:
+                stop()
+            pool, now = self._pool(), monotonic()
+            while pool is not None and self._places and self._places[0].deadline <= now:
+                if self._places[0].deadline != LEFT:
+                    pool._wake(self._places[0])
+                self._places.popleft()
+        finally:  # Ctrl-C may come in the middle, and the loop may go on
+            if self._places:
+                self._start()

@@ -155,7 +155,7 @@ class Pool(BlockingPool[C]):
             raise
         finally:
             place.waiter = None
-            self._patience.leave()
+            self._patience.leave(place)
 
     def _set_timer(self, limit: float, callback: Callable[[], object]) -> Callable[[], object]:
         timer = self._timer(max(limit, SHORTEST_WAIT))

@@ -23,6 +23,8 @@ from gsocketpool.bridge import expire
 from gsocketpool.core import Place, new_place
 from gsocketpool.patience import SPARE, Patience
 
+from .conftest import Logged
+
 BOUND = 20.0
 
 
@@ -42,7 +44,7 @@ class Clock:
 
     def _wake(self, place: Place[Any]) -> None:
         if place.waiter is not None:
-            assert place.deadline <= self.now
+            assert 0.0 < place.deadline <= self.now, "too early, or one who has left"
             self.woken.append(place)
         place.waiter = None
 
@@ -69,7 +71,9 @@ def test_everybody_is_woken_at_his_deadline_and_nobody_before_by_one_timer_at_mo
         def left(place: Place[Any], clock: Clock = clock, standing: list[Place[Any]] = standing) -> None:
             standing.remove(place)
             place.waiter = None
-            clock.patience.leave()
+            clock.patience.leave(place)
+            if rng.random() < 0.2:
+                place.waiter = object()  # he stands there again, by a timer of his own
 
         for _ in range(rng.randrange(60)):
             what = rng.random()
@@ -93,7 +97,7 @@ def test_everybody_is_woken_at_his_deadline_and_nobody_before_by_one_timer_at_mo
                 if what < 0.9:
                     place.waiter = None  # the pool has woken him, and he has not run yet
                 left(place)
-            most = max(most, len(standing))
+            most = max(most, len(standing)) if standing else 0
             assert len(clock.timers) == (1 if standing else 0)
             assert len(clock.patience) <= 3 * most + SPARE  # who comes is not looked at for that
         clock.go_on(2.0, late)
@@ -101,6 +105,27 @@ def test_everybody_is_woken_at_his_deadline_and_nobody_before_by_one_timer_at_mo
         for place in clock.woken:
             left(place)
         assert (len(clock.patience), clock.timers) == (0, [])
+
+
+def test_an_interruption_in_the_middle_of_the_ring_costs_nobody_his_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, say: and the loop is run again."""
+    clock = Clock()
+    monkeypatch.setattr(gsocketpool.patience, "monotonic", lambda: clock.now)
+    for _ in range(3):
+        place = new_place()
+        place.waiter = object()
+        clock.patience.enter(place, 1.0)
+    wake = clock._wake
+
+    def interrupted(_: Place[Any]) -> None:
+        monkeypatch.setattr(clock, "_wake", wake)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(clock, "_wake", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        clock.go_on(1.0)
+    clock.go_on(1.0)
+    assert len(clock.woken) == 3
 
 
 # asyncio
@@ -138,7 +163,7 @@ async def waiters(pool: Pool[Plain], count: int, **acquiring: Any) -> list[async
     return tasks
 
 
-def is_empty(pool: Pool[Plain]) -> bool:
+def is_empty(pool: Pool[Any]) -> bool:
     return (len(pool._patience), pool._patience._stop, pool.faults()) == (0, None, [])
 
 
@@ -244,6 +269,55 @@ def test_a_task_that_is_granted_a_connection_in_the_moment_in_which_its_time_is_
             assert is_empty(pool)
 
     run(loop, scenario)
+
+
+@on_each_loop
+def test_tasks_that_are_woken_for_nothing_and_wait_on_leave_nothing_behind(
+    loop: str, logged: Logged, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They waited for dials, which the breaker called off: from then on each waits by himself."""
+    dials: list[asyncio.Future[None]] = []
+
+    class Dialled(Plain):
+        async def open(self) -> None:  # type: ignore[override]
+            if dials:
+                await dials.pop(0)
+
+    async def scenario() -> None:
+        pool = Pool(Dialled, max_connections=3, acquire_timeout=3600, breaker=1, backoff=(60, 60))
+        held = [await pool.acquire() for _ in range(3)]
+        results: list[str] = []
+
+        async def borrow() -> None:
+            try:
+                async with pool.connection():
+                    results.append("served")
+                    await asyncio.sleep(0)
+            except OSError as error:
+                results.append(str(error))
+
+        queue = [asyncio.create_task(borrow()) for _ in range(6)]
+        await asyncio.sleep(0)
+        failing, going_well = asyncio.get_running_loop().create_future(), asyncio.get_running_loop().create_future()
+        dials[:] = [failing, going_well]
+        await pool.drop(held.pop())
+        await pool.drop(held.pop())
+        while dials:
+            await asyncio.sleep(0)
+        failing.set_exception(OSError("refused"))
+        while pool.stats().breaker == "closed":
+            await asyncio.sleep(0)
+        going_well.set_result(None)
+        await pool.release(held.pop())
+        await asyncio.gather(*queue)
+        assert sorted(results) == ["refused"] + 5 * ["served"]
+        assert is_empty(pool)
+        await pool.close()
+
+    run(loop, scenario)
+    assert len(logged.take()) == 1
+    caplog.clear()  # the record refers to the error, that to the loop, and that to greenlets
+    gc.collect()
 
 
 def test_a_pool_that_is_let_go_after_its_tasks_were_cancelled_is_collected() -> None:
