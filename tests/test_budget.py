@@ -346,6 +346,8 @@ class World:
             pool, given = each
             first = self.first()
             on_the_way = self.units_on_the_way()
+            if given.cold:
+                self.stirred.add(pool)
             outcome = pool.give(given)
             if outcome is RETIRED:
                 self.closing.append(each)

@@ -79,7 +79,7 @@ def test_an_example_whose_server_is_not_there_says_so_and_nothing_else(example: 
         status, printed, complaints = end(start(example, *arguments))
     assert (status, printed) == (1, ""), complaints
     logged = complaints.count(LOGGED[example]) if example in LOGGED else 0
-    assert complaints.count("Traceback") == logged, complaints
+    assert complaints.count("Traceback") <= logged, complaints  # the first failure of each pool is shown with one
     cause = complaints.splitlines()[-2:]  # of libpq there are two lines
     assert re.search("refused|Could not connect", " ".join(cause)), complaints
     if example not in LOGGED:
