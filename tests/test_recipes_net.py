@@ -326,6 +326,8 @@ class Shelves:
 
     def __init__(self) -> None:
         self.pings = 0
+        self.late = 0  # how many wait for `now`
+        self.now = threading.Event()
         self.way = threading.Event()
         self.clients: list[Any] = []  # their sockets
 
@@ -336,6 +338,14 @@ class Shelves:
             raise RuntimeError("as you say")
         if article == "silence":
             self.way.wait(BOUND)
+        if article == "late":
+            return self.late
+        if article == "now":
+            self.now.set()
+            return 0
+        if article.endswith("later"):
+            self.late += 1
+            self.now.wait(BOUND)
         if article == "pings":
             return self.pings
         if article == "hang up":

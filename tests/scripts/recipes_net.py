@@ -585,13 +585,16 @@ def thrift_timeout() -> None:
 
 def thrift_alone() -> None:
     """Without a pool: why a client whose call was interrupted must not be used again."""
-    client = thrift.StockClient(HOST, port)
+    client, other = thrift.StockClient(HOST, port), thrift.StockClient(HOST, port)
     client.open()
-    job = gevent.spawn(client.count, "has a")
-    gevent.sleep(0)  # it waits for the reply now
+    other.open()
+    job = gevent.spawn(client.count, "has a, later")  # once somebody says "now"
+    until(lambda: other.count("late") == 1)
     job.kill()
-    assert client.count("has abc") == len("has a")
+    other.count("now")
+    assert client.count("has abc") == len("has a, later")
     client.close()
+    other.close()
 
 
 def thrift_bad_argument() -> None:
