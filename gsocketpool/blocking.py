@@ -201,7 +201,8 @@ class BlockingPool(Driver[C]):
     def close(self, timeout: float | None = None) -> None:
         """Close the pool: idle connections now, borrowed ones as they return, dials as they end.
 
-        Whoever waits gets :exc:`PoolClosedError`. Returns when the idle ones are closed. Closing twice is fine.
+        Whoever waits gets :exc:`PoolClosedError`. Returns when the idle ones are closed, and what was being
+        closed already, but for that it waits a second at most. Closing twice is fine.
 
         :param timeout: seconds to wait until what is borrowed has come back, and all is closed; what is still borrowed
             then is closed under its borrower's hands, which gets one second more. None waits for no borrower.

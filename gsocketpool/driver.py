@@ -70,7 +70,7 @@ __all__ = ["Borrowing", "Driver", "clear_all", "close_all", "exception", "is_our
 #: What a waiter is told for whom the breaker leaves no hope.
 HOPELESS: Final = PoolError("the breaker is open")
 
-#: Seconds that `close(timeout)` waits for the closing of what it took from its borrowers.
+#: Seconds that `close()` waits for what others close, or what it took from its borrowers.
 LAST_MOMENT: Final = 1.0
 
 C = TypeVar("C")
@@ -1269,11 +1269,12 @@ def close_all(pools: Sequence[Driver[Any]], timeout: float | None) -> None:
     if timeout is None:
         for pool, tally in zip(pools, tallies, strict=True):
             pool._wait_for(tally)
-        return
-    for pool in pools:
-        pool._drain(deadline)
-    for pool in pools:
-        pool._take_all()
+    else:
+        for pool in pools:
+            pool._drain(deadline)
+        for pool in pools:
+            pool._take_all()
+    # For what was being closed already, too: in asyncio a loop that ends now would cancel a close that has not begun.
     deadline = max(deadline, monotonic()) + LAST_MOMENT
     for pool in pools:
         pool._drain(deadline, closes_only=True)

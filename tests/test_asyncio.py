@@ -1310,7 +1310,7 @@ def test_g8_a_peer_that_hangs_up_is_noticed_though_a_transport_has_the_socket() 
             listener.writers[0].close()
             await until(lambda: not pool.size)
             assert pool.stats().closed["stale"] == 1
-            await pool.close(BOUND)  # what is being closed already, too: the loop would end first
+            await pool.close()
 
     run(main)
 
@@ -1364,7 +1364,7 @@ def test_g10_the_child_of_a_fork_takes_no_watch_from_its_parent() -> None:
             assert member.watch is not None
             listener.writers[0].close()
             await until(lambda: not pool.size)
-            await pool.close(BOUND)
+            await pool.close()
 
     run(main)
 

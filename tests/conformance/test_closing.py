@@ -113,6 +113,48 @@ async def test_g11_close_with_a_timeout_gives_a_close_that_hangs_one_moment_more
     await rt.until(lambda: pool.total == 0)
 
 
+async def test_g11_close_waits_for_what_is_being_closed_already(rt: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gsocketpool.driver.LAST_MOMENT", BOUND)
+    may_close = rt.event()
+
+    async def hang(_: Any) -> None:
+        await may_close.wait()
+
+    script = Script(on_close=hang)
+    pool = script.pool(rt)
+    connection = await do(pool.acquire(timeout=BOUND))
+    dropping = rt.spawn(lambda: do(pool.drop(connection)))
+    await rt.until(lambda: script.count("close"))
+    closers = [rt.spawn(lambda: do(pool.close())) for _ in range(2)]
+    await rt.until(lambda: pool.closed)
+    await rt.quiet()
+    assert not any(map(rt.has_ended, closers))
+    may_close.set()
+    await rt.join(dropping, *closers)
+    assert pool.total == 0
+
+
+async def test_g11_close_waits_a_moment_only_for_a_close_that_hangs(
+    rt: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gsocketpool.driver.LAST_MOMENT", 0.1)
+    may_close = rt.event()
+
+    async def hang(_: Any) -> None:
+        await may_close.wait()
+
+    script = Script(on_close=hang)
+    pool = script.pool(rt)
+    connection = await do(pool.acquire(timeout=BOUND))
+    dropping = rt.spawn(lambda: do(pool.drop(connection)))
+    await rt.until(lambda: script.count("close"))
+    await do(pool.close())
+    assert pool.total == 1
+    may_close.set()
+    await rt.join(dropping)
+    assert pool.total == 0
+
+
 async def test_g11_two_may_close_at_once(rt: Runtime) -> None:
     script = Script()
     pool = script.pool(rt)
