@@ -56,7 +56,8 @@ def work(number):
 
 jobs = [gevent.spawn(work, number) for number in range(10)]
 
-gevent.sleep(0.05)
+while pool.stats().acquired < 100:
+    gevent.sleep(0.01)
 stop(server, clients)
 gevent.sleep(0.2)  # nobody is there
 server, clients = start(port)

@@ -69,7 +69,7 @@ class Proxy(Server):
         """Reset connections."""
         self._change("reset", who)
         for client in [] if who == "new" else list(self._clients):
-            reset(client)
+            self._reset(client)
 
     def half_close(self, who: Who = "all") -> None:
         """End the stream towards the client, and go on taking what it sends."""
@@ -176,11 +176,14 @@ class Proxy(Server):
             self._end(target)
         except OSError:
             # One of the two was reset: so is the other. It also ends the pump of the other direction.
-            for sock in (source, target):
-                try:
-                    reset(sock)
-                except OSError:
-                    pass
+            self._reset(source)
+            self._reset(target)
+
+    def _reset(self, sock: Any) -> None:
+        try:
+            reset(sock)
+        except OSError:
+            pass  # closed already, and about to be forgotten
 
     def _end(self, sock: Any) -> None:
         try:
