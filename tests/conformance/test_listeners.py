@@ -302,11 +302,11 @@ async def test_what_is_reclaimed_is_said_though_a_listener_is_interrupted(rt: Ru
 
     def said() -> bool:
         texts.extend(record.getMessage() for record in logged.take())
-        return any("ended without releasing a connection" in text for text in texts)
+        return len(texts) == 1 + is_said(rt, error)
 
     await rt.until(lambda: gc.collect() >= 0 and said(), lambda: f"{texts}")
+    assert any("ended without releasing a connection" in text for text in texts)
     assert any("returned() of a listener" in text for text in texts) == is_said(rt, error)
-    assert len(texts) == 1 + is_said(rt, error)
     await do(pool.close())
     await story.is_whole(rt, pool)
 
