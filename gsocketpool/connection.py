@@ -10,6 +10,7 @@ Seconds are ``int`` or ``float``.
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401  # else the first dial would: see Pool._settle_in of threading.py
 import functools
 import itertools
 import logging

@@ -309,6 +309,9 @@ class Pool(BlockingPool[C]):
     def _settle_in(self) -> None:
         self._to_close: deque[tuple[Any, ...]] = deque()
         self._closers = 0  # jobs that close them
+        # Not first in a thread that dials: the child of a fork meanwhile would have a lock that nobody ever gives back.
+        if self._options.get("tls"):
+            import ssl  # noqa: F401
 
     def acquire(self, retry: int = 10, retried: int = 0, *, timeout: float | EllipsisType | None = ...) -> C:
         with self._monitor:

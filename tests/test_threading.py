@@ -1082,6 +1082,30 @@ pool.close(20)
     assert all(len(words) == 1 for words in spoken), "a connection was used on both sides"
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["in clear text", "with TLS"])
+def test_g10_no_job_is_the_first_to_import_what_it_needs(server: EchoServer, tls: bool) -> None:
+    """A fork while another thread imports a module leaves the child with that module's lock, for ever."""
+    program = """
+port, tls = int(sys.argv[1]), sys.argv[2] == "True"
+options = {"host": "localhost", "port": port, "timeout": 20}
+with Pool(TcpConnection, options | {"tls": tls, "port": 1}) as pool:
+    before = {*sys.modules}
+    try:
+        pool.acquire(timeout=20)
+    except OSError:
+        pass
+with Pool(TcpConnection, options, min_idle=1, keepalive=0.01, reap_interval=0.01, check_after_idle=0) as pool:
+    pool.wait_ready(20)
+    with pool.connection(timeout=20) as line:
+        line.send(b"x\\n")
+        assert line.recv_until(b"\\n") == b"x"
+        pool.drop(line)
+    pool.wait_ready(20)
+print(sorted({*sys.modules} - before), "ssl" in before)
+"""
+    assert run(program, server.port, tls) == f"[] {tls}\n"
+
+
 def test_g10_a_fork_finds_no_decision_half_made(server: EchoServer) -> None:
     program = """
 sys.setswitchinterval(1e-6)

@@ -20,6 +20,7 @@ import pytest
 
 from tests.conftest import Logged
 from tests.faults import (
+    DIALLING,
     FAULTS,
     KILL,
     NGINX,
@@ -163,6 +164,9 @@ def compare(rt: Runtime, cell: Cell, outcome: Outcome, warnings: list[str]) -> N
     want = expected(traits, fault, phase, retrying)
     assert isinstance(want, Outcome)
     assert outcome == in_runtime(rt.name, traits, phase, want)
+    if retrying and phase == DIALLING:
+        # What one has dialled again may serve another, whose own dial fails after that.
+        warnings = [warning for warning in warnings if "a dial failed that nobody waits for" not in warning]
     assert len(warnings) == expected_warnings(rt.name, traits, fault, phase), warnings
     assert all("reset() failed; the connection is closed" in warning for warning in warnings), warnings
 
