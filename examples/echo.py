@@ -21,7 +21,7 @@ pool = Pool(
     TcpConnection,
     {"host": "127.0.0.1", "port": server.server_port, "connect_timeout": 2, "timeout": 5},
     max_connections=10,
-    acquire_timeout=2,
+    acquire_timeout=5,
     name="echo",
 )
 

@@ -76,7 +76,7 @@ def main():
     server.start()
 
     options = {"host": "127.0.0.1", "port": server.server_port, "user": "app", "password": "s3cret", "timeout": 5}
-    pool = Pool(StoreConnection, options, max_connections=4, acquire_timeout=2, discard_on=OSError)
+    pool = Pool(StoreConnection, options, max_connections=4, acquire_timeout=5, discard_on=OSError)
 
     def put(number):
         with pool.connection() as store:

@@ -293,10 +293,11 @@ def main():
                     self.wfile.write(line)
 
     server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Echo)
-    serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     serving.start()
 
-    pool = Pool(TcpConnection, {"host": "127.0.0.1", "port": server.server_address[1]}, max_connections=3)
+    options = {"host": "127.0.0.1", "port": server.server_address[1]}
+    pool = Pool(TcpConnection, options, max_connections=3, acquire_timeout=10)
     replies = []
 
     def ask(question):
