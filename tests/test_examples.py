@@ -136,6 +136,8 @@ def test_behind_gunicorn_a_backend_that_hangs_up_or_is_down_is_a_503(folder: Pat
         backend = life.enter_context(EchoServer())
         with Gunicorn(folder, backend) as gunicorn:
             assert ask("one")[0] == 200
+            # Both workers have loaded the application: gunicorn waits long for one that was told to end before that.
+            wait_until(lambda: backend.accepted >= 4)
 
             backend.hold()
             asking = gevent.spawn(ask, "two")

@@ -39,9 +39,6 @@ INCIDENTS = (
 #: For months with something wrong, which is then found soon.
 SHORT = Plan(borrowings=6_000, days=4, seed=SEED)
 
-# They work all the time, and so take several times as long where others work, too.
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.mark.timeout(600)
 def test_g4_a_month_of_kills_and_restarts_leaves_memory_and_descriptors_flat() -> None:
