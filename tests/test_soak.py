@@ -131,6 +131,8 @@ class LosesSlots(Pool[Any]):
         self.released += 1
         if self.released % 500:
             super().release(conn)
+        else:
+            conn.close()  # or it would be collected with its socket open, if its pool is forgotten
 
 
 def test_a_lost_slot_is_found() -> None:
